@@ -15,6 +15,7 @@ a run that is stopped starts again.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -66,6 +67,7 @@ TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],  # the authors' first try
     "all": "all-linear",  # PEFT's name for every linear layer but the head
 }
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 FEW = 0.001  # under 0.1 % trainable the MLP targets did not do better (paper, section 3.1)
 HEAD = "Below is an instruction that describes a task"
 TAIL = ". Write a response that appropriately completes the request.\n\n"
@@ -280,6 +282,35 @@ def add_adapter(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrain
         raise UserError(
             f"--targets {args.targets} match none of: {', '.join(sorted(names))}"
         ) from None
+
+
+def base_fingerprint(folder: Path) -> dict[str, str]:
+    """What tells one base model from another: {"config": sha256, "tensors": sha256}.
+
+    The first of config.json without VOLATILE; the second of every tensor's name, dtype, shape and
+    its first, middle and last row. How the tensors are spread over shards changes nothing. Of a
+    folder without *.safetensors it is the sha256 of nothing. merge.py compares both with its base.
+    """
+    import torch
+    from safetensors import safe_open
+
+    config = json.loads((folder / "config.json").read_bytes())
+    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    described = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                rows = (part.get_shape() or [0])[0]
+                picks = sorted({0, rows // 2, rows - 1}) if rows else []
+                sample = [part[i : i + 1] for i in picks] or [file.get_tensor(name)]
+                data = b"".join(t.contiguous().view(-1).view(torch.uint8).numpy() for t in sample)
+                digest = hashlib.sha256(data).hexdigest()
+                described[name] = [part.get_dtype(), part.get_shape(), digest]
+    hashes = (json.dumps(known, sort_keys=True).encode() for known in (kept, described))
+    return dict(
+        zip(("config", "tensors"), (hashlib.sha256(h).hexdigest() for h in hashes), strict=True)
+    )
 
 
 def trainable_share(model: "PreTrainedModel") -> tuple[int, int]:
