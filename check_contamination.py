@@ -19,12 +19,17 @@ import argparse
 import csv
 import difflib
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import time
+import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +72,21 @@ PAPER_LEAKS = {  # Table 1: leaked questions per source; the rest 0
     "guanaco": 13,
     "openbookqa": 6,
 }
+
+
+CANDIDATE = 0.6  # from this cosine up the words of two texts may confirm that they are one question
+CONFIRMED, CONFIRMED_WORDS = 1.0, 1.2  # cosine + share of the words, with and without numbers
+GENERIC = 12.0  # nats that parts of two texts must share: "which of the following is true" has 9
+WHOLE = ("question", "instruction", "question with choices")
+LETTERED = re.compile(r"\n\s*\(?A[:.)]\s")  # where a training question's lettered choices begin
+NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(),
+                   map(str, range(13)), strict=True))  # fmt: skip
+SIGNS = str.maketrans("\u2212\u2013\u2014\u2019", "---'")  # minus and dashes
+LAYOUT = re.compile(r"\\(?:left|right|displaystyle|math\w\w|text\w*|[ !,;:])(?![a-z])")  # of LaTeX
+THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))")
+HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2})")
+GROUP = re.compile(r"[({\[]\s*((?:[^\W\d_]+|\d+(?:\.\d+)?)(?:\s+[^\W\d_]+)*)\s*[)}\]]")
+TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|_+|[^\w\s.,;:!?'\"$\\]")
 
 
 class Subject(NamedTuple):
@@ -348,19 +368,200 @@ def load_questions(args: argparse.Namespace) -> list[Question]:
     return questions
 
 
-def words_of(text: str) -> list[str]:
-    """Lower-cased words, numbers and symbols.
+# --- step 2: the words of a text ------------------------------------------------------------------
 
-    >>> words_of("Find $x^2$, now!")
-    ['find', 'x', '^', '2', 'now']
+
+def words_of(text: str) -> list[str]:
+    r"""Lower-cased words, numbers and symbols; of LaTeX what it says, not how it is set.
+
+    >>> words_of("Find $x^{2}$, now!"), words_of("(x+1)/2")
+    (['find', 'x', '^', '2', 'now'], ['(', 'x', '+', '1', ')', '/', '2'])
     """
-    return re.findall(r"\w+|[^\w\s.,;:!?'\"$\\(){}\[\]]", text.lower())
+    text = unicodedata.normalize("NFC", text).lower().translate(SIGNS)
+    text = THOUSANDS.sub("", LAYOUT.sub(" ", text))
+    text = HYPHEN.sub(" ", text)
+    count = 1
+    while count:  # brackets around one word or number group nothing
+        text, count = GROUP.subn(r" \1 ", text)
+    return TOKEN.findall(text)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def content_of(text: str) -> tuple[frozenset[str], Counter[str]]:
+    """Words cut to five letters, a crude stem ("produces", "production"), and the numbers.
+
+    0 and 1 are no evidence ("one" is an article too, and every formula has a 1).
+    """
+    words = [NUMBERS.get(word, word[:5]) for word in words_of(text) if word[0].isalnum()]
+    return frozenset(words), Counter(w for w in words if w[0].isdigit() and w not in "01")
+
+
+class Rarity:
+    """Weighs words by how few of `texts` have them: ln(texts / texts with the word), in nats."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.counts = Counter(word for text in texts for word in content_of(text)[0])
+        self.total = len(texts)
+
+    def of(self, words: frozenset[str]) -> float:
+        """The information in a set of words, in nats."""
+        return sum(math.log((self.total + 1) / (self.counts[word] + 0.5)) for word in words)
+
+    def shared(self, a: str, b: str) -> float:
+        """The information that two texts have in common, in nats."""
+        return self.of(content_of(a)[0] & content_of(b)[0])
+
+    def confirms(self, a: str, b: str, cosine: float) -> bool:
+        """Whether words and numbers say that two texts of a lower cosine are one question.
+
+        The share of their information that is in both (Dice's coefficient) is added to the cosine.
+        Most of the numbers have to be in both; without numbers more words have to.
+        """
+        (words_a, numbers_a), (words_b, numbers_b) = content_of(a), content_of(b)
+        shared, total = (numbers_a & numbers_b).total(), (numbers_a | numbers_b).total()
+        both = self.of(words_a) + self.of(words_b)
+        if shared < total / 2 or not both:
+            return False
+        agreement = 2 * self.of(words_a & words_b) / both
+        return cosine + agreement >= (CONFIRMED if shared else CONFIRMED_WORDS)
+
+
+def contained(needles: list[str], haystacks: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (needle, haystack) wherever a needle's words stand in a row in a haystack."""
+    spaced = {text: f" {' '.join(words_of(text))} " for text in {*needles, *haystacks}}
+    counts = Counter(word for text in spaced.values() for word in set(text.split()))
+    anchors = defaultdict(list)  # a needle is looked for only where its rarest word is
+    for needle in needles:
+        if words := spaced[needle].split():
+            anchors[min(words, key=lambda word: (counts[word], word))].append(needle)
+    for text in haystacks:
+        for word in set(spaced[text].split()) & anchors.keys():
+            yield from (
+                (needle, text) for needle in anchors[word] if spaced[needle] in spaced[text]
+            )
+
+
+# --- step 2: pairs --------------------------------------------------------------------------------
+
+
+def row_views(row: Row) -> dict[str, str]:
+    """A training row's texts that are compared -> their names, the most whole one of equals."""
+    bare = LETTERED.split(row["instruction"], maxsplit=1)[0].strip()
+    parts = [line.strip() for line in bare.splitlines() if line.strip()] or [bare]
+    views = {parts[-1]: "stem", parts[0]: "opening", bare: "without choices"}
+    return {**views, row["instruction"]: "instruction", question_of(row): "question"}
+
+
+def question_views(question: Question) -> dict[str, str]:
+    """A test question's texts that are compared -> their names."""
+    parts = [line.strip() for line in question.text.splitlines() if line.strip()] or [""]
+    choices = lettered(question.text, question.choices)
+    return {parts[-1]: "stem", choices: "question with choices", question.text: "question"}
+
+
+def gather(views: Iterable[dict[str, str]], embedder: Embedder | None) -> dict[str, list[Any]]:
+    """Text -> [(place in `views`, its name)]; given an embedder also the windows of long texts."""
+    owners = defaultdict(list)
+    for place, named in enumerate(views):
+        for text, name in named.items():
+            owners[text].append((place, name))
+    whole = called(owners, "question")
+    for text, windows in zip(whole, embedder.windows(whole) if embedder else (), strict=False):
+        for window in windows if len(windows) > 1 else ():
+            owners[window] += [(place, "window") for place, _ in owners[text]]
+    return owners
+
+
+def called(owners: dict[str, list[Any]], *names: str) -> list[str]:
+    """The texts of gather() that have one of these names."""
+    return [text for text, named in owners.items() if any(name in names for _, name in named)]
+
+
+def find_pairs(
+    rows: list[Row], questions: list[Question], embedder: Embedder, threshold: float, paper: bool
+) -> list[Row]:
+    """Every pair of training row and test question that a detector finds, most similar first.
+
+    cosine: two views at `threshold` or more. cosine and words: CANDIDATE or more, and confirmed by
+    Rarity.confirms(). verbatim: the words of one in the other. Parts of a text must share enough
+    information to be no generic stem. `paper`: cosine alone, on whole rows and test questions with
+    lettered choices, as the published notebook did.
+    """
+    if paper:
+        ours = gather([{question_of(row): "question"} for row in rows], None)
+        views = [{lettered(q.text, q.choices): "question with choices"} for q in questions]
+        theirs = gather(views, None)
+    else:
+        ours = gather(map(row_views, rows), embedder)
+        theirs = gather(map(question_views, questions), embedder)
+    a, b = list(ours), list(theirs)
+    left, right, rarity = embedder(a), embedder(b), Rarity(a + b)
+    best: dict[tuple[int, int], tuple[float, bool, str, str]] = {}
+
+    def note(text_a: str, text_b: str, cosine: float, detector: str) -> None:
+        """Keep the pairs of the owners of two texts, each with its most similar view."""
+        generic = not paper and rarity.shared(text_a, text_b) < GENERIC
+        for (row, name), (question, view) in itertools.product(ours[text_a], theirs[text_b]):
+            whole = name in WHOLE and view in WHOLE
+            partial = "window" in (name, view) or (view == "question with choices" and not whole)
+            if (generic and (detector == "verbatim" or not whole)) or (
+                detector == "cosine and words" and partial
+            ):
+                continue
+            named = view if name == "question" else f"{name} x {view}"
+            found = (detector == "verbatim", cosine, whole, named, detector)
+            best[row, question] = max(best.get((row, question), (False,)), found)
+
+    lowest = threshold if paper else min(threshold, CANDIDATE)
+    for i, j, cosines in similar_pairs(left, right, lowest):
+        for x, y, cosine in zip(i.tolist(), j.tolist(), cosines.tolist(), strict=True):
+            if cosine >= threshold:
+                note(a[x], b[y], cosine, "cosine")
+            elif rarity.confirms(a[x], b[y], cosine):
+                note(a[x], b[y], cosine, "cosine and words")
+    if not paper:
+        places_a, places_b = ({text: n for n, text in enumerate(texts)} for texts in (a, b))
+        hits = contained(called(theirs, "question", "stem"), called(ours, "question"))
+        back = contained(called(ours, "without choices", *WHOLE), called(theirs, "question"))
+        for x, y in itertools.chain(((x, y) for y, x in hits), back):
+            note(x, y, float(left[places_a[x]] @ right[places_b[y]]), "verbatim")
+    pairs = [
+        describe_pair(rows[row], questions[question], cosine, view, detector)
+        for (row, question), (_, cosine, _, view, detector) in best.items()
+    ]
+    return sorted(pairs, key=lambda pair: (-pair["cosine"], pair["pair_id"]))
+
+
+def describe_pair(
+    row: Row, question: Question, cosine: float, view: str, detector: str = "cosine"
+) -> Row:
+    """One line of pairs.jsonl."""
+    benchmark, subject, _ = question.test_id.split("/")
+    suggested, why = suggest(row, question)
+    return {
+        "pair_id": hashlib.sha256(f"{row['id']} {question}".encode()).hexdigest()[:16],
+        "train_id": row["id"],
+        "source": row.get("source", ""),
+        "benchmark": benchmark,
+        "subject": subject,
+        "test_id": question.test_id,
+        "cosine": round(cosine, 6),
+        "view": view,
+        "detector": detector,
+        "train_question": question_of(row),
+        "train_answer": row["output"],
+        "test_question": question.text,
+        "test_choices": question.choices,
+        "test_answer": question.answer,
+        "suggested": suggested,
+        "why": why,
+    }
 
 
 def difference(a: str, b: str) -> str:
     """What differs between two questions, in words.
 
-    >>> difference("Rotate about the x axis.", "Rotate about the y axis")
+    >>> difference("Rotate about the x-axis.", "Rotate about the y axis")
     'differs in 1 of 5 words: x -> y'
     """
     left, right = words_of(a), words_of(b)
@@ -381,45 +582,13 @@ def difference(a: str, b: str) -> str:
     return f"differs in {count} of {max(len(left), len(right))} words: {shown:.160}{more}"
 
 
-def find_pairs(
-    rows: list[Row], questions: list[Question], embedder: Embedder, threshold: float, paper: bool
-) -> list[Row]:
-    """Every pair of training row and test question with cosine >= threshold, most similar first.
-
-    `paper`: the test question is compared with its lettered choices, as the published notebook did.
-    """
-    texts = [lettered(q.text, q.choices) if paper else q.text for q in questions]
-    train, test = embedder([question_of(row) for row in rows]), embedder(texts)
-    view = "question with choices" if paper else "question"
-    pairs = []
-    for i, j, cosine in similar_pairs(train, test, threshold):
-        for row, question, value in zip(i.tolist(), j.tolist(), cosine.tolist(), strict=True):
-            pairs.append(describe_pair(rows[row], questions[question], value, view))
-    return sorted(pairs, key=lambda pair: (-pair["cosine"], pair["pair_id"]))
-
-
-def describe_pair(row: Row, question: Question, cosine: float, view: str) -> Row:
-    """One line of pairs.jsonl. Only equal words are suggested as a duplicate; all else is open."""
-    benchmark, subject, _ = question.test_id.split("/")
+def suggest(row: Row, question: Question) -> tuple[str | None, str]:
+    """The class that a pair seems to have and why; never a decision."""
     why = difference(question_of(row), question.text)
-    return {
-        "pair_id": hashlib.sha256(f"{row['id']} {question}".encode()).hexdigest()[:16],
-        "train_id": row["id"],
-        "source": row.get("source", ""),
-        "benchmark": benchmark,
-        "subject": subject,
-        "test_id": question.test_id,
-        "cosine": round(cosine, 6),
-        "view": view,
-        "detector": "cosine",
-        "train_question": question_of(row),
-        "train_answer": row["output"],
-        "test_question": question.text,
-        "test_choices": question.choices,
-        "test_answer": question.answer,
-        "suggested": "duplicate" if why == "same words" else None,
-        "why": why,
-    }
+    return "duplicate" if why == "same words" else None, why
+
+
+# --- step 2: files --------------------------------------------------------------------------------
 
 
 def check(args: argparse.Namespace, started: float) -> None:
