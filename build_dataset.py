@@ -26,6 +26,7 @@ import shlex
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import unicodedata
@@ -122,7 +123,9 @@ def first_line(error: Exception) -> str:
 
 
 def hub_fault(name: str, error: Exception) -> str:
-    """What to say when something cannot be loaded from the hub."""
+    """What to say when a folder or hub id cannot be loaded."""
+    if Path(name).exists() or name.startswith((".", "/", "~")):
+        return f"{name} cannot be loaded: {first_line(error)}"
     mend = "if it is gated, accept its licence on its page and set HF_TOKEN"
     return f"{name} cannot be loaded ({first_line(error)}); {mend}"
 
@@ -216,7 +219,9 @@ def output_folder(out: Path, overwrite: bool, keep_run: bool = False) -> Iterato
     with (out / UNFINISHED).open("a") as mark:
         try:
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(mark.fileno()), (out / UNFINISHED).stat()):
+                raise BlockingIOError  # its holder finished in between: this is no longer the mark
+        except (BlockingIOError, FileNotFoundError):
             raise UserError(f"another process is writing to {out}: wait for it") from None
         mark.truncate(0)
         print(command_line(), file=mark, flush=True)
@@ -306,7 +311,7 @@ class Embedder:
         self.folder = embedding_model_folder(name)
         self.sha256 = sha256_of(self.folder / "model.safetensors")
         self.about = {"name": name, "sha256": self.sha256}  # for run.json
-        self.device = device
+        self.device, self.cache_folder = device, cache
         cache.mkdir(parents=True, exist_ok=True)
         self.cache = sqlite3.connect(file := cache / "embeddings.sqlite", timeout=60)
         table = "vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID"
@@ -317,7 +322,7 @@ class Embedder:
         print(f"embedding model: {name}, sha256 {self.sha256[:16]}", file=sys.stderr)
 
     def __call__(self, texts: list[str]) -> "np.ndarray":
-        """Unit vectors, float32, shape [len(texts), dimension], in the order of `texts`."""
+        """The texts' unit vectors, float32, memory-mapped, [len(texts), dimension]."""
         import numpy as np
 
         keys = [hashlib.sha256((self.sha256 + text).encode()).digest() for text in texts]
@@ -325,8 +330,24 @@ class Embedder:
         if missing:
             # A fixed order: vectors move by 1e-7 with their batch, and longest first pads least.
             self._embed(sorted(missing.items(), key=lambda item: (-len(item[1]), item[0])))
-        vectors = [np.frombuffer(self._cached(key), dtype=np.float32) for key in keys]
-        return np.stack(vectors) if vectors else np.zeros((0, 1), np.float32)
+        dimension = len(self._cached(keys[0]) or b"") // 4 if keys else 1
+        vectors = self.scratch((len(keys), dimension))
+        for row, key in enumerate(keys):
+            vectors[row] = np.frombuffer(self._cached(key), np.float32)
+        return vectors
+
+    def scratch(self, shape: tuple[int, ...]) -> "np.ndarray":
+        """An array of float32 in an unnamed file beside the cache, memory-mapped.
+
+        The system may write its pages out and drop them, so that vectors never fill the memory; the
+        file goes when the array does, or with the process.
+        """
+        import numpy as np
+
+        if 0 in shape:  # nothing can be mapped
+            return np.zeros(shape, np.float32)
+        with tempfile.TemporaryFile(dir=self.cache_folder) as file:
+            return np.memmap(file, np.float32, "w+", shape=shape)
 
     def windows(self, texts: list[str]) -> list[list[str]]:
         """Each text in as few parts as the model can read whole, of about equal length."""
@@ -530,7 +551,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--embedding-model", default=EMBEDDING_MODEL, help="default and paper: %(default)s")
     add("--cache", type=Path, default=CACHE, help="of embeddings (default: %(default)s)")
     args = parser.parse_args(argv)
-    args.sources = args.sources.split(",")
+    args.sources = list(dict.fromkeys(args.sources.split(",")))
+    names, files = {item.partition("=")[0] for item in args.extra}, len(args.extra)
     args.extra = dict(item.partition("=")[::2] for item in args.extra)
     x = args.cosine_threshold
     unknown = [name for name in args.sources if "hub" not in sources.get(name, {})]
@@ -540,6 +562,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--sources: {', '.join(unknown)} is not in sources.toml": unknown,
             f"--extra: no such file: {', '.join(missing)}": missing,
             f"--extra: a source is called {', '.join(args.extra)}": sources.keys() & args.extra,
+            "--extra: give each file a name of its own, NAME=FILE": len(names - {""}) < files,
             f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
             f"--cosine-threshold {x} is not above 0 and at most 1": not 0 < x <= 1,
         }
@@ -636,16 +659,27 @@ def read_source(name: str, args: argparse.Namespace) -> tuple[list[Row], list[Ro
             if error:
                 raise Dropped("invalid", error)
             row, keywords = to_row(raw, about, args)
-            rows.append({**row, "source": name, "origin": place, "keywords": keywords})
+            rows.append({**row, "source": name, "origin": origin(place, raw), "keywords": keywords})
         except Dropped as why:
             reason, detail = why.args
             if reason == "invalid" and args.strict:
                 raise UserError(f"{name}/{place}: {detail}") from None
-            dropped.append({"source": name, "origin": place, "reason": reason, "detail": detail})
+            where = place if reason == "invalid" else origin(place, raw)
+            dropped.append({"source": name, "origin": where, "reason": reason, "detail": detail})
     if dropped and not rows and {row["reason"] for row in dropped} == {"invalid"}:
         came = ", ".join(raw) if isinstance(raw, dict) else "no object"
         raise UserError(f"source {name}: no row of {len(dropped)} converts: {detail}; came: {came}")
     return rows, dropped, files
+
+
+def origin(place: str, raw: Row) -> str:
+    """Where a raw row is from, whatever its place there: the file and a hash of the record.
+
+    >>> origin("math_train.jsonl:17", {"problem": "2+2?", "solution": "4"})
+    'math_train.jsonl#5090a64ae220617f'
+    """
+    record = json.dumps(raw, sort_keys=True, default=str).encode()
+    return f"{place.rpartition(':')[0]}#{hashlib.sha256(record).hexdigest()[:16]}"
 
 
 def add_ids(rows: list[Row]) -> None:
@@ -697,31 +731,36 @@ def mutual_cosine(a: "np.ndarray", b: "np.ndarray") -> float:
 
 
 def drop_near(
-    rows: list[Row], vectors: "np.ndarray", sizes: list[int], threshold: float
+    rows: list[Row],
+    vectors: "np.ndarray",
+    sizes: list[int],
+    threshold: float,
+    scratch: "Callable[[tuple[int, ...]], np.ndarray] | None" = None,
 ) -> tuple[list[Row], list[Row]]:
-    """Split rows into (kept, dropped) so that no two kept rows are similar.
+    """Split rows, sorted by preference(), into (kept, dropped): no two kept rows are similar.
 
-    Similar: mutual_cosine() >= threshold. That is not transitive, so the rule is greedy: in the
-    order of preference() a row is kept unless it is similar to a kept one, and then names the most
-    similar of these. Neither the rows' order nor the block size matters.
+    Similar: mutual_cosine() >= threshold. That is not transitive, so the rule is greedy: in their
+    order, a row is kept unless it is similar to a kept one, and then names the most similar of
+    these. The block size does not matter.
 
-    vectors: unit vectors of all rows' windows, float32, [sum(sizes), d]; sizes: windows per row.
+    vectors: unit vectors of all rows' windows, float32, [sum(sizes), d]; sizes: windows per row;
+    scratch makes the array for the kept ones' (default: in memory).
     """
     import numpy as np
 
-    order = sorted(range(len(rows)), key=lambda i: preference(rows[i]))
-    ends = np.cumsum(sizes)
-    picked = [np.arange(ends[i] - sizes[i], ends[i]) for i in order]
-    vectors, rows = vectors[np.concatenate(picked)], [rows[i] for i in order]
-    owner = np.repeat(np.arange(len(rows)), [len(windows) for windows in picked])
-    first = np.searchsorted(owner, np.arange(len(rows) + 1))  # of each row's windows
-    own = [vectors[first[row] : first[row + 1]] for row in range(len(rows))]  # views, no copies
-    kept, kept_owner, count = np.empty_like(vectors), np.empty_like(owner), 0
+    vectors, ends = np.asarray(vectors), np.cumsum([0, *sizes])
+    own = [vectors[a:b] for a, b in itertools.pairwise(ends)]  # views, no copies
+    owner = np.repeat(np.arange(len(rows)), sizes)
+    kept, kept_owner = (
+        scratch(vectors.shape) if scratch else np.empty_like(vectors),
+        np.empty_like(owner),
+    )
     gone: dict[int, tuple[int, float]] = {}
+    count = 0
     for top in range(0, len(rows), BLOCK):
         block = range(top, min(top + BLOCK, len(rows)))
-        here = slice(first[top], first[block.stop])
-        heads = vectors[first[top : block.stop]]  # a similar row has a partner for each of these
+        heads = vectors[ends[top : block.stop]]  # a similar row has a partner for each of these
+        here = slice(ends[top], ends[block.stop])
         twins: dict[int, set[int]] = defaultdict(set)
         for known, owners in ((kept[:count], kept_owner[:count]), (vectors[here], owner[here])):
             for i, j, _ in similar_pairs(heads, known, threshold):
@@ -732,9 +771,9 @@ def drop_near(
             best = max(((mutual_cosine(own[row], own[t]), -t) for t in alive), default=(0.0, 0))
             if best[0] >= threshold:
                 gone[row] = (-best[1], best[0])  # of equals the preferred one
-                continue
-            end = count + len(own[row])
-            kept[count:end], kept_owner[count:end], count = own[row], row, end
+            else:
+                end = count + sizes[row]
+                kept[count:end], kept_owner[count:end], count = own[row], row, end
     dropped = [
         {**rows[row], "reason": "near", "kept_id": rows[twin]["id"], "cosine": round(value, 6)}
         for row, (twin, value) in gone.items()
@@ -747,10 +786,12 @@ def deduplicate(
 ) -> tuple[list[Row], list[Row]]:
     """Exact, then near; every dropped row names a row that is kept in the end."""
     rows, exact = drop_exact(rows)
+    rows.sort(key=preference)
     texts = [question_of(row) for row in rows]
     windows = [[text] for text in texts] if whole_text_only else embedder.windows(texts)
     vectors = embedder(list(itertools.chain(*windows)))
-    rows, near = drop_near(rows, vectors, [len(parts) for parts in windows], threshold)
+    sizes = [len(parts) for parts in windows]
+    rows, near = drop_near(rows, vectors, sizes, threshold, embedder.scratch)
     keeper = {row["id"]: row for row in near}
     for row in exact:  # its twin may have gone in turn, to a row that is as near to both
         if twin := keeper.get(row["kept_id"]):

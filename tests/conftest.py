@@ -46,6 +46,20 @@ def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
         assert word in line, (word, line)
 
 
+def demo_origins() -> dict[str, str]:
+    """source:file:line of demo/planted.json -> source:origin, as the rows carry it."""
+    import build_dataset as build
+
+    origins = {}
+    for name in SOURCES.split(","):
+        files = sorted((ROOT / "demo/data" / name).iterdir())
+        about = build.load_sources()[name]
+        for place, raw, error in build.raw_rows(name, about, files, True):
+            assert not error, place
+            origins[f"{name}:{place}"] = f"{name}:{build.origin(place, raw)}"
+    return origins
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with dataset/ and contamination/ of the demo, made by the scripts themselves."""

@@ -15,8 +15,9 @@ import pytest
 from conftest import ROOT, load_evaluate, run_script
 
 STEPS = ["build_dataset", "check_contamination", "finetune", "merge", "evaluate", "tui"]
-LONGEST = {"tui": 1000, "build_dataset": 815}  # lines; 600 elsewhere. Step 1 holds what all share
-LONGEST_FUNCTION = 48
+LONGEST = {"tui": 1000}  # lines; 600 elsewhere. What a step holds for others to import counts apart
+LONGEST_SHARED = 400  # lines of "# --- shared" sections: files, flags, run.json, embeddings
+LONGEST_FUNCTION = 40  # lines of code below its docstring
 INNER = (
     "convert",
     "describe",
@@ -141,10 +142,13 @@ def test_examples_in_docstrings(name: str) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_style(name: str) -> None:
     text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    assert text.count("\n") <= LONGEST.get(name, 600)
+    sections = re.split(r"^# --- ", text, flags=re.MULTILINE)
+    shared = sum(part.count("\n") for part in sections if part.startswith("shared"))
+    assert shared <= LONGEST_SHARED and text.count("\n") - shared <= LONGEST.get(name, 600)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.name != "make_app":
-            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
+            code = node.body[ast.get_docstring(node) is not None :] or node.body
+            assert node.end_lineno - code[0].lineno < LONGEST_FUNCTION, node.name
             arguments = node.args.args + node.args.kwonlyargs
             assert node.returns or node.name == "__init__", node.name
             assert all(a.annotation or a.arg == "self" for a in arguments), node.name
