@@ -31,7 +31,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from build_dataset import (
     CACHE,
@@ -56,6 +56,9 @@ from build_dataset import (
     to_jsonl,
     write_file,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 VERDICTS = ("duplicate", "gray-area", "similar-but-different", "not-a-leak")  # paper, section 2.3
 SHOTS = 300  # rows of a HellaSwag file that are few-shot examples, or half of a smaller file
@@ -83,9 +86,13 @@ NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven
                    map(str, range(13)), strict=True))  # fmt: skip
 SIGNS = str.maketrans("\u2212\u2013\u2014\u2019", "---'")  # minus and dashes
 LAYOUT = re.compile(r"\\(?:left|right|displaystyle|math\w\w|text\w*|[ !,;:])(?![a-z])")  # of LaTeX
-THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))")
+THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?:\\!)?(?=\d{3}(?!\d))")
 HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2})")
 GROUP = re.compile(r"[({\[]\s*((?:[^\W\d_]+|\d+(?:\.\d+)?)(?:\s+[^\W\d_]+)*)\s*[)}\]]")
+LETTER = re.compile(r"(?:the answer is:?\s*)?\(?([A-Z])(?:[:.)]\s*(.*))?", re.IGNORECASE)
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+SHORT = 5  # words of an answer that is no solution
+NEGATIONS = "not no never except without least cannot false incorrect".split()
 TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|_+|[^\w\s.,;:!?'\"$\\]")
 
 
@@ -378,7 +385,7 @@ def words_of(text: str) -> list[str]:
     (['find', 'x', '^', '2', 'now'], ['(', 'x', '+', '1', ')', '/', '2'])
     """
     text = unicodedata.normalize("NFC", text).lower().translate(SIGNS)
-    text = THOUSANDS.sub("", LAYOUT.sub(" ", text))
+    text = LAYOUT.sub(" ", THOUSANDS.sub("", text))
     text = HYPHEN.sub(" ", text)
     count = 1
     while count:  # brackets around one word or number group nothing
@@ -444,9 +451,14 @@ def contained(needles: list[str], haystacks: list[str]) -> Iterator[tuple[str, s
 # --- step 2: pairs --------------------------------------------------------------------------------
 
 
+def bare_of(row: Row) -> str:
+    """A training question without its lettered choices."""
+    return LETTERED.split(row["instruction"], maxsplit=1)[0].strip()
+
+
 def row_views(row: Row) -> dict[str, str]:
     """A training row's texts that are compared -> their names, the most whole one of equals."""
-    bare = LETTERED.split(row["instruction"], maxsplit=1)[0].strip()
+    bare = bare_of(row)
     parts = [line.strip() for line in bare.splitlines() if line.strip()] or [bare]
     views = {parts[-1]: "stem", parts[0]: "opening", bare: "without choices"}
     return {**views, row["instruction"]: "instruction", question_of(row): "question"}
@@ -525,9 +537,13 @@ def find_pairs(
         back = contained(called(ours, "without choices", *WHOLE), called(theirs, "question"))
         for x, y in itertools.chain(((x, y) for y, x in hits), back):
             note(x, y, float(left[places_a[x]] @ right[places_b[y]]), "verbatim")
+    keys = [(rows[row], questions[question]) for row, question in best]
+    classes = suggest(keys, embedder, rarity)
     pairs = [
-        describe_pair(rows[row], questions[question], cosine, view, detector)
-        for (row, question), (_, cosine, _, view, detector) in best.items()
+        {**describe_pair(*key, cosine, view, detector), "suggested": kind, "why": why}
+        for key, (_, cosine, _, view, detector), (kind, why) in zip(
+            keys, best.values(), classes, strict=True
+        )
     ]
     return sorted(pairs, key=lambda pair: (-pair["cosine"], pair["pair_id"]))
 
@@ -537,7 +553,6 @@ def describe_pair(
 ) -> Row:
     """One line of pairs.jsonl."""
     benchmark, subject, _ = question.test_id.split("/")
-    suggested, why = suggest(row, question)
     return {
         "pair_id": hashlib.sha256(f"{row['id']} {question}".encode()).hexdigest()[:16],
         "train_id": row["id"],
@@ -553,8 +568,6 @@ def describe_pair(
         "test_question": question.text,
         "test_choices": question.choices,
         "test_answer": question.answer,
-        "suggested": suggested,
-        "why": why,
     }
 
 
@@ -582,10 +595,93 @@ def difference(a: str, b: str) -> str:
     return f"differs in {count} of {max(len(left), len(right))} words: {shown:.160}{more}"
 
 
-def suggest(row: Row, question: Question) -> tuple[str | None, str]:
-    """The class that a pair seems to have and why; never a decision."""
-    why = difference(question_of(row), question.text)
-    return "duplicate" if why == "same words" else None, why
+def short_answer(text: str, question: str = "") -> str:
+    r"""The end of a solution: a lettered choice's text, what \boxed{} holds, or the last line.
+
+    >>> short_answer("The answer is B: wood"), short_answer("So $x=\boxed{\frac{1}{2}}$.")
+    ('wood', '\\frac{1}{2}')
+    """
+    if letter := LETTER.fullmatch(text.strip()):
+        choice = re.search(rf"^\s*\(?{letter[1]}[:.)]\s(.*)", question, re.MULTILINE)
+        return choice[1] if choice else letter[2] or letter[1]
+    found = BOXED.findall(text) or re.findall(r"####\s*(.+)", text) or text.strip().splitlines()
+    return found[-1] if found else ""
+
+
+def suggest(
+    pairs: list[tuple[Row, Question]], embedder: Embedder, rarity: Rarity
+) -> list[tuple[str, str]]:
+    """The class that each pair seems to have, and why in one line; never a decision."""
+
+    def alike(a: list[str], b: list[str]) -> "np.ndarray":
+        """The cosines of two lists of texts, one by one."""
+        return (embedder(a) * embedder(b)).sum(axis=1)
+
+    bares = [bare_of(row) for row, _ in pairs]
+    own = [short_answer(row["output"], row["instruction"]) for row, _ in pairs]
+    said = [f"{text} {answer}".strip() for text, answer in zip(bares, own, strict=True)]
+    fact = [f"{text} {row['input']}".strip() for text, (row, _) in zip(said, pairs, strict=True)]
+    asked = [question.text for _, question in pairs]
+    stems = [next(iter(question_views(question))) for _, question in pairs]
+    told = [f"{question.text} {question.answer}" for _, question in pairs]
+    wording = [
+        max(cosines) for cosines in zip(alike(bares, asked), alike(bares, stems), strict=True)
+    ]
+    facts = [max(cosines) for cosines in zip(alike(said, told), alike(fact, told), strict=True)]
+    return [
+        classify(text, question, answer, text != row["instruction"].strip(), *cosines, rarity)
+        for (row, question), text, answer, *cosines in zip(
+            pairs, bares, own, wording, facts, strict=True
+        )
+    ]
+
+
+def classify(
+    bare: str,
+    question: Question,
+    own: str,
+    choices: bool,
+    wording: float,
+    fact: float,
+    rarity: Rarity,
+) -> tuple[str, str]:
+    """The class that a pair seems to have, and why.
+
+    `bare`, `own`, `choices`: the row's question, its answer, whether it has lettered choices.
+    `wording`, `fact`: cosines of the questions alone and with their answers. Calculations (numbers
+    on both sides) differ by numbers and answers. Else one fact asked in other words is a gray area,
+    and the same question with another answer similar but different.
+    """
+    a, b, answer = words_of(bare), words_of(question.text), words_of(short_answer(question.answer))
+    order = difflib.SequenceMatcher(None, a, b, False).ratio()
+    ours, theirs = (content_of(text)[1] for text in (bare, question.text))
+    numeric, why = bool(ours and theirs), difference(bare, question.text)
+    same_answer = bool(answer) and words_of(own)[-len(answer) :] == answer
+    negated = sum(map(NEGATIONS.count, a)) != sum(map(NEGATIONS.count, b))
+    generic = not numeric and rarity.shared(bare, question.text) < GENERIC
+    answers = f"answers: {own:.60} / {question.answer:.60}"
+    inside = f" {' '.join(b)} " in f" {' '.join(a)} " or f" {' '.join(a)} " in f" {' '.join(b)} "
+    other_answer = not same_answer and 0 < len(words_of(own)) <= SHORT and answer
+    if (a == b and (numeric or same_answer or not (choices or generic))) or (
+        inside and not generic and not other_answer
+    ):
+        return "duplicate", why if a == b else f"one stands in the other; {why}"
+    if numeric:
+        if ours == theirs and not negated and wording >= 0.8 and (same_answer or not own):
+            kind = "duplicate" if same_answer or wording >= 0.9 else "gray-area"
+            return kind, f"same numbers{' and answer' * same_answer}; {why}"
+        if wording >= 0.8 or order >= 0.5:
+            old, new = (", ".join(x.elements()) for x in (ours - theirs, theirs - ours))
+            other = f"other numbers: {old or 'none':.40} -> {new or 'none':.40}"
+            return "similar-but-different", f"{other if ours != theirs else answers}; {why}"
+        return "not-a-leak", f"same subject, another calculation; {why}"
+    if same_answer and wording >= 0.9 and not (negated or generic):
+        return "duplicate", f"same answer; {why}"
+    if fact >= 0.75 and not negated:
+        return "gray-area", f"with its answer alike ({fact:.2f}); {answers}"
+    if wording >= 0.87 and order >= 0.5 and fact >= 0.45:
+        return "similar-but-different", f"{'negated' if negated else 'another answer'}; {answers}"
+    return "not-a-leak", f"{'a general stem' if generic else 'a subject'} in common; {answers}"
 
 
 # --- step 2: files --------------------------------------------------------------------------------
