@@ -7,12 +7,16 @@ and by `apply`: clean.jsonl, removed.jsonl, table.md, apply.json.
     python check_contamination.py --dataset out/try/dataset.jsonl --local demo/data --out out/check
     python check_contamination.py
     python check_contamination.py apply
+    python check_contamination.py --against partner.jsonl --out out/overlap
 
-Every pair of a training and a test question with a cosine of at least 0.8 is listed, not the
-nearest one only. All flagged rows leave the clean set, as in the paper; a person's verdicts in
-decisions.jsonl (`python tui.py`) bring false alarms back when `apply` is run again. Time: the
-embedding of 26,000 test questions, 8 minutes on one CPU core the first time and seconds after.
-It compares questions only: an answer alone that leaks is not seen.
+A pair of a training and a test question is listed when a view of one (whole, with or without
+choices, last paragraph, windows of long texts) and a view of the other have a cosine of at least
+0.8, when one stands word for word in the other, or from 0.6 when words and numbers confirm it.
+Every such pair, not the nearest only. Each has a suggested class and a reason, which decide
+nothing: all flagged rows leave the clean set until a person's verdicts in decisions.jsonl
+(`python tui.py`) say not-a-leak and `apply` is run again.
+Time: the embedding of 55,000 texts of four benchmarks, 15 minutes on one CPU core the first time
+and seconds after. It compares questions only: an answer alone that leaks is not seen.
 """
 
 import argparse
@@ -41,8 +45,10 @@ from build_dataset import (
     Embedder,
     Row,
     UserError,
+    add_ids,
     check_output,
     finish_run,
+    first_line,
     hub_fault,
     lettered,
     make_parser,
@@ -61,6 +67,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 VERDICTS = ("duplicate", "gray-area", "similar-but-different", "not-a-leak")  # paper, section 2.3
+REMOVE = (*VERDICTS[:3], "undecided")  # the paper removed all three classes
 SHOTS = 300  # rows of a HellaSwag file that are few-shot examples, or half of a smaller file
 HUB = {  # id, configuration, few-shot split, scored split: as in the harness's task files
     "arc": ("allenai/ai2_arc", "ARC-Challenge", "train", "test"),
@@ -91,9 +98,19 @@ HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2}
 GROUP = re.compile(r"[({\[]\s*((?:[^\W\d_]+|\d+(?:\.\d+)?)(?:\s+[^\W\d_]+)*)\s*[)}\]]")
 LETTER = re.compile(r"(?:the answer is:?\s*)?\(?([A-Z])(?:[:.)]\s*(.*))?", re.IGNORECASE)
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+WORDING, FACT, NEAR = 0.8, 0.75, 0.85  # of questions; with answers; words in the same order
 SHORT = 5  # words of an answer that is no solution
 NEGATIONS = "not no never except without least cannot false incorrect".split()
+NAME = re.compile(r"(?<=\w[\s,;])[A-Z][a-z]+")  # proper names: capitals within a sentence
+FRACTION = re.compile(r"\\[dt]?frac\{(\w+)\}\{(\w+)\}")
+GREEK = re.compile(r"(?<![^\W\d_])[α-ω](?![^\W\d_])")
 TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|_+|[^\w\s.,;:!?'\"$\\]")
+
+
+PAIR = {  # fields of a pair that `apply` needs, and their types
+    **dict.fromkeys("pair_id train_id source benchmark subject test_id suggested why".split(), str),
+    "cosine": float,
+}
 
 
 class Subject(NamedTuple):
@@ -138,8 +155,34 @@ def read_jsonl(path: Path, fields: dict[str, type]) -> list[Row]:
         for name, kind in fields.items():
             if not isinstance(row.get(name), kind):
                 raise UserError(f"{path.parent / place} has no {name!r} of type {kind.__name__}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path.parent / place} holds half of a surrogate pair") from None
         rows.append(row)
     return rows
+
+
+def read_run(path: Path) -> Row:
+    """What a finished step's run.json or apply.json says."""
+    try:
+        run = json.loads(path.read_bytes())
+        parts = [run[key] for key in ("settings", "inputs", "outputs")] + [run.get("counts", {})]
+        files = [*parts[1].values(), *parts[2].values()]
+        if all(isinstance(part, dict) for part in parts + files):
+            return run
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise UserError(f"{path} is not what a finished step wrote: run that step again")
+
+
+def check_unchanged(path: Path) -> Path:
+    """Return a finished step's output, which must be the very file that its run.json lists."""
+    run = path.parent / "run.json"
+    about = read_run(run)["outputs"].get(path.name, {}) if run.exists() else {}
+    if about and about.get("sha256") != sha256_of(path):
+        raise UserError(f"{path} is not the file that {run} lists (cut short, or edited)")
+    return path
 
 
 def markdown_table(headers: list[str], rows: list[list[Any]]) -> str:
@@ -172,6 +215,9 @@ def load_benchmark(name: str, local: Path | None, official: bool = False) -> lis
     try:
         splits = load_dataset(path, config)
     except Exception as error:
+        if folder:
+            why = f"{folder} is no folder, and the hub's {path} cannot be loaded"
+            raise UserError(f"benchmark {name}: {why}: {first_line(error)}") from None
         mend = f"put its files in DIR/{name}/ and give --local DIR"
         raise UserError(f"benchmark {name}: {hub_fault(path, error)}, or {mend}") from None
     groups: dict[str, Subject] = {}
@@ -212,8 +258,11 @@ def local_mmlu(folder: Path, official: bool) -> list[Subject]:
     """{dev,test}/<subject>_{dev,test}.csv: question, four choices, letter; "None" is text."""
 
     def read(path: Path, subject: str) -> list[Row]:
-        with need(path).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+        try:
+            with need(path).open(newline="", encoding="utf-8") as file:
+                rows = list(csv.reader(file, strict=True))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from None
         for line, row in enumerate(rows, 1):
             if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
                 raise UserError(f"{path}: row {line} is not question, 4 choices, letter A to D")
@@ -284,7 +333,9 @@ def questions_of(subject: Subject) -> list[Question]:
             if choices and answer not in choices and str(answer).isdigit():
                 answer = choices[int(answer)]
             answer = str(answer)
-        questions.append(Question(test_id, row.get("question") or row["ctx"], choices, answer))
+        questions.append(
+            Question(test_id, row["question"] if "question" in row else row["ctx"], choices, answer)
+        )
     return questions
 
 
@@ -327,10 +378,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     dataset = Path("out/dataset/dataset.jsonl")
     add("--dataset", type=Path, default=dataset, metavar="FILE", help="default: %(default)s")
-    add("--benchmarks", default=",".join(HUB), metavar="a,b", help="default: %(default)s")
+    add("--benchmarks", metavar="a,b", help=f"default: {','.join(HUB)}; none with --against")
     add("--local", type=Path, metavar="DIR", help="read DIR/<benchmark>/ (default: the hub)")
     extra = "rows of question, choices, answer to protect too (repeatable)"
     add("--extra-benchmark", action="append", default=[], metavar="NAME=FILE", help=extra)
+    against = "another training set, in instruction, input, output: find what both have"
+    add("--against", type=Path, metavar="FILE", help=against)
+    remove = "rows with a pair of these verdicts go (default: %(default)s)"
+    add("--remove", default=",".join(REMOVE), metavar="a,b", help=remove)
     add = parser.add_argument_group("detection").add_argument
     threshold = "default and paper: %(default)s; pairs from this cosine up"
     add("--cosine-threshold", type=float, default=COSINE_THRESHOLD, metavar="X", help=threshold)
@@ -339,15 +394,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--embedding-model", default=EMBEDDING_MODEL, help="default and paper: %(default)s")
     add("--cache", type=Path, default=CACHE, help="of embeddings (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.benchmarks is None:
+        args.benchmarks = "" if args.against else ",".join(HUB)
     args.benchmarks = [name for name in args.benchmarks.split(",") if name]
-    args.extra_benchmark = dict(item.partition("=")[::2] for item in args.extra_benchmark)
-    x = args.cosine_threshold
+    args.remove = [name for name in args.remove.split(",") if name]
+    extra = [item.partition("=")[::2] for item in args.extra_benchmark]
+    args.extra_benchmark = dict(extra)
+    x, files = args.cosine_threshold, [Path(file) for _, file in extra]
+    files += [args.against] if args.against else []
+    known = {*HUB, "against", "", *(name for name, _ in extra if "/" in name)}
+    taken = [name for n, (name, _) in enumerate(extra) if name in {*known, *dict(extra[:n])}]
     unknown = [name for name in args.benchmarks if name not in HUB]
-    missing = [file for file in args.extra_benchmark.values() if not Path(file).is_file()]
+    missing = [str(file) for file in files if not file.is_file()]
+    classes = [name for name in args.remove if name not in (*VERDICTS, "undecided")]
     refuse(
         {
             f"--benchmarks: {', '.join(unknown)} is none of {', '.join(HUB)}": unknown,
-            f"--extra-benchmark: no such file: {', '.join(missing)}": missing,
+            f"--extra-benchmark: {taken} cannot be a name: known, given twice, or with a /": taken,
+            f"no such file: {', '.join(missing)}": missing,
+            f"--remove: {', '.join(classes)} is none of {', '.join(VERDICTS)}, undecided": classes,
             f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
             f"--cosine-threshold {x} is not above 0 and at most 1": not 0 < x <= 1,
         }
@@ -361,6 +426,10 @@ def load_questions(args: argparse.Namespace) -> list[Question]:
     for name, file in args.extra_benchmark.items():
         rows = read_jsonl(Path(file), {"question": str})
         subjects.append(Subject(name, "all", [], [{"answer": "", **row} for row in rows]))
+    if args.against:
+        rows = read_jsonl(args.against, {"instruction": str, "output": str})
+        rows = [{"question": question_of({"input": "", **r}), "answer": r["output"]} for r in rows]
+        subjects.append(Subject("against", args.against.stem, [], rows))
     questions = []
     for subject in subjects:
         try:
@@ -369,6 +438,10 @@ def load_questions(args: argparse.Namespace) -> list[Question]:
             raise UserError(f"{subject.benchmark}/{subject.subject}: bad row: {error}") from None
         if not found:
             raise UserError(f"{subject.benchmark}/{subject.subject} has no questions")
+        for question in found:
+            texts = [question.text, question.answer, *question.choices]
+            if not isinstance(question.choices, list) or not all(isinstance(t, str) for t in texts):
+                raise UserError(f"{question.test_id}: question, choices or answer is not text")
         questions += found
     if not questions:
         raise UserError("no benchmark: name one with --benchmarks or --extra-benchmark")
@@ -385,7 +458,8 @@ def words_of(text: str) -> list[str]:
     (['find', 'x', '^', '2', 'now'], ['(', 'x', '+', '1', ')', '/', '2'])
     """
     text = unicodedata.normalize("NFC", text).lower().translate(SIGNS)
-    text = LAYOUT.sub(" ", THOUSANDS.sub("", text))
+    text = FRACTION.sub(r"\1/\2", LAYOUT.sub(" ", THOUSANDS.sub("", text)))
+    text = GREEK.sub(lambda letter: unicodedata.name(letter[0]).split()[-1].lower(), text)
     text = HYPHEN.sub(" ", text)
     count = 1
     while count:  # brackets around one word or number group nothing
@@ -394,13 +468,15 @@ def words_of(text: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def content_of(text: str) -> tuple[frozenset[str], Counter[str]]:
-    """Words cut to five letters, a crude stem ("produces", "production"), and the numbers.
+def content_of(text: str) -> tuple[frozenset[str], Counter[str], frozenset[str]]:
+    """Words cut to five letters, a crude stem ("produces", "production"); numbers; proper names.
 
     0 and 1 are no evidence ("one" is an article too, and every formula has a 1).
     """
-    words = [NUMBERS.get(word, word[:5]) for word in words_of(text) if word[0].isalnum()]
-    return frozenset(words), Counter(w for w in words if w[0].isdigit() and w not in "01")
+    cut = (NUMBERS.get(word, word.removesuffix("s")[:5]) for word in words_of(text))
+    words = [word for word in cut if word[:1].isalnum()]
+    numbers = Counter(w for w in words if w[0].isdigit() and w not in "01")
+    return frozenset(words), numbers, frozenset(NAME.findall(text))
 
 
 class Rarity:
@@ -422,12 +498,12 @@ class Rarity:
         """Whether words and numbers say that two texts of a lower cosine are one question.
 
         The share of their information that is in both (Dice's coefficient) is added to the cosine.
-        Most of the numbers have to be in both; without numbers more words have to.
+        Most of the numbers have to be in both, and a name; without numbers more words have to.
         """
-        (words_a, numbers_a), (words_b, numbers_b) = content_of(a), content_of(b)
+        (words_a, numbers_a, names_a), (words_b, numbers_b, names_b) = content_of(a), content_of(b)
         shared, total = (numbers_a & numbers_b).total(), (numbers_a | numbers_b).total()
         both = self.of(words_a) + self.of(words_b)
-        if shared < total / 2 or not both:
+        if shared < total / 2 or not both or (names_a and names_b and not names_a & names_b):
             return False
         agreement = 2 * self.of(words_a & words_b) / both
         return cosine + agreement >= (CONFIRMED if shared else CONFIRMED_WORDS)
@@ -476,7 +552,8 @@ def gather(views: Iterable[dict[str, str]], embedder: Embedder | None) -> dict[s
     owners = defaultdict(list)
     for place, named in enumerate(views):
         for text, name in named.items():
-            owners[text].append((place, name))
+            if text.strip():
+                owners[text].append((place, name))
     whole = called(owners, "question")
     for text, windows in zip(whole, embedder.windows(whole) if embedder else (), strict=False):
         for window in windows if len(windows) > 1 else ():
@@ -617,6 +694,8 @@ def suggest(
         """The cosines of two lists of texts, one by one."""
         return (embedder(a) * embedder(b)).sum(axis=1)
 
+    import numpy as np
+
     bares = [bare_of(row) for row, _ in pairs]
     own = [short_answer(row["output"], row["instruction"]) for row, _ in pairs]
     said = [f"{text} {answer}".strip() for text, answer in zip(bares, own, strict=True)]
@@ -624,79 +703,93 @@ def suggest(
     asked = [question.text for _, question in pairs]
     stems = [next(iter(question_views(question))) for _, question in pairs]
     told = [f"{question.text} {question.answer}" for _, question in pairs]
-    wording = [
-        max(cosines) for cosines in zip(alike(bares, asked), alike(bares, stems), strict=True)
-    ]
-    facts = [max(cosines) for cosines in zip(alike(said, told), alike(fact, told), strict=True)]
+    wording = np.maximum(alike(bares, asked), alike(bares, stems))
+    facts = np.maximum(alike(said, told), alike(fact, told))
+    answers = alike(own, [short_answer(question.answer) for _, question in pairs])
     return [
-        classify(text, question, answer, text != row["instruction"].strip(), *cosines, rarity)
-        for (row, question), text, answer, *cosines in zip(
-            pairs, bares, own, wording, facts, strict=True
-        )
+        classify(*pair, *map(float, cosines), rarity)
+        for pair, *cosines in zip(pairs, wording, facts, answers, strict=True)
     ]
 
 
 def classify(
-    bare: str,
-    question: Question,
-    own: str,
-    choices: bool,
-    wording: float,
-    fact: float,
-    rarity: Rarity,
+    row: Row, question: Question, wording: float, fact: float, answers: float, rarity: Rarity
 ) -> tuple[str, str]:
-    """The class that a pair seems to have, and why.
+    """The class that a pair seems to have, and why, from what differs between the two questions.
 
-    `bare`, `own`, `choices`: the row's question, its answer, whether it has lettered choices.
-    `wording`, `fact`: cosines of the questions alone and with their answers. Calculations (numbers
-    on both sides) differ by numbers and answers. Else one fact asked in other words is a gray area,
-    and the same question with another answer similar but different.
+    wording, fact, answers: cosines of the questions, of the questions with their answers, and of
+    the answers. Calculations (numbers on both sides) differ by numbers and answers. Else one fact
+    asked in other words is a gray area, and a question with another answer similar but different.
     """
+    bare, own = bare_of(row), short_answer(row["output"], row["instruction"])
     a, b, answer = words_of(bare), words_of(question.text), words_of(short_answer(question.answer))
+    (words_a, ours, _), (words_b, theirs, _) = content_of(bare), content_of(question.text)
     order = difflib.SequenceMatcher(None, a, b, False).ratio()
-    ours, theirs = (content_of(text)[1] for text in (bare, question.text))
-    numeric, why = bool(ours and theirs), difference(bare, question.text)
-    same_answer = bool(answer) and words_of(own)[-len(answer) :] == answer
+    numeric, generic = bool(ours and theirs), rarity.of(words_a & words_b) < GENERIC
+    replaced = min(rarity.of(words_a - words_b), rarity.of(words_b - words_a))
+    reply = words_of(own)
+    brief = 0 < sum(map(str.isalnum, reply)) <= SHORT  # else it is a solution, or none
+    lead = reply[-len(answer) - 1 : -len(answer)]  # "x = 4" is 4, and "-4" is not
+    same = bool(answer) and reply[-len(answer) :] == answer and (not lead or lead[0] in ("=", "is"))
     negated = sum(map(NEGATIONS.count, a)) != sum(map(NEGATIONS.count, b))
-    generic = not numeric and rarity.shared(bare, question.text) < GENERIC
-    answers = f"answers: {own:.60} / {question.answer:.60}"
+    choices = bare != row["instruction"].strip()
     inside = f" {' '.join(b)} " in f" {' '.join(a)} " or f" {' '.join(a)} " in f" {' '.join(b)} "
-    other_answer = not same_answer and 0 < len(words_of(own)) <= SHORT and answer
-    if (a == b and (numeric or same_answer or not (choices or generic))) or (
-        inside and not generic and not other_answer
-    ):
-        return "duplicate", why if a == b else f"one stands in the other; {why}"
+    why = difference(bare, question.text)
+    replies = f"answers: {own:.60} / {question.answer:.60}"
+    if a == b and (numeric or same or not (choices or generic)):
+        return "duplicate", why
+    if inside and a != b and not generic and (same or not brief):
+        return "duplicate", f"one stands in the other; {why}"
+    if numeric and ours.keys() != theirs.keys() and (wording >= WORDING or order >= 0.5):
+        old, new = (", ".join(sorted(x)) or "none" for x in (ours - theirs, theirs - ours))
+        return "similar-but-different", f"other numbers: {old:.40} -> {new:.40}; {why}"
+    if order >= NEAR and a != b and not (generic and not numeric):
+        if not negated and (same or not brief or answers >= 0.75):
+            return "duplicate", f"nearly the same words{' and answer' * same}; {why}"
+        if (negated or replaced >= GENERIC / 4 or fact < FACT) and (numeric or fact >= 0.45):
+            return "similar-but-different", f"{replies}; {why}"
     if numeric:
-        if ours == theirs and not negated and wording >= 0.8 and (same_answer or not own):
-            kind = "duplicate" if same_answer or wording >= 0.9 else "gray-area"
-            return kind, f"same numbers{' and answer' * same_answer}; {why}"
-        if wording >= 0.8 or order >= 0.5:
-            old, new = (", ".join(x.elements()) for x in (ours - theirs, theirs - ours))
-            other = f"other numbers: {old or 'none':.40} -> {new or 'none':.40}"
-            return "similar-but-different", f"{other if ours != theirs else answers}; {why}"
-        return "not-a-leak", f"same subject, another calculation; {why}"
-    if same_answer and wording >= 0.9 and not (negated or generic):
+        if wording < WORDING and order < 0.5:
+            return "not-a-leak", f"same subject, another calculation; {why}"
+        if same and not negated or (not brief and wording >= 0.9):
+            return "duplicate", f"same numbers{' and answer' * same}; {why}"
+        return (
+            "similar-but-different" if brief else "gray-area"
+        ), f"same numbers, {replies}; {why}"
+    if same and wording >= 0.9 and not (negated or generic):
         return "duplicate", f"same answer; {why}"
-    if fact >= 0.75 and not negated:
-        return "gray-area", f"with its answer alike ({fact:.2f}); {answers}"
+    if fact >= FACT and not negated:
+        return "gray-area", f"alike with its answer ({fact:.2f}); {replies}"
     if wording >= 0.87 and order >= 0.5 and fact >= 0.45:
-        return "similar-but-different", f"{'negated' if negated else 'another answer'}; {answers}"
-    return "not-a-leak", f"{'a general stem' if generic else 'a subject'} in common; {answers}"
+        return "similar-but-different", f"{'negated' if negated else 'another answer'}; {replies}"
+    return "not-a-leak", f"{'a general stem' if generic else 'a subject'} in common; {replies}"
 
 
 # --- step 2: files --------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Row]:
+    """A training set's rows; those of other origin get an id from their content."""
+    rows = read_jsonl(path, {"instruction": str, "input": str, "output": str})
+    for number, row in enumerate(rows):
+        if not all(isinstance(row.get(name, ""), str) for name in ("id", "source")):
+            raise UserError(f"{path}: row {number + 1} has an id or a source that is not text")
+    foreign = [row for row in rows if "id" not in row]
+    for row in foreign:
+        row.update({"source": row.get("source", path.stem), "origin": row.get("origin", path.name)})
+    add_ids(foreign)
+    repeated = [i for i, count in Counter(row["id"] for row in rows).items() if count > 1]
+    if repeated or not rows:
+        what = f"id {repeated[0]!r} stands on several lines" if repeated else "no rows"
+        raise UserError(f"{path}: {what}")
+    return rows
 
 
 def check(args: argparse.Namespace, started: float) -> None:
     """Write pairs.jsonl and run.json."""
     check_output(args.out, args.overwrite, args.dataset)
     mend = "write it with: python build_dataset.py"
-    fields = {"id": str, "instruction": str, "input": str, "output": str}
-    rows = read_jsonl(check_input(args.dataset, mend), fields)
-    repeated = [i for i, count in Counter(row["id"] for row in rows).items() if count > 1]
-    if repeated or not rows:
-        what = f"id {repeated[0]!r} stands on several lines" if repeated else "no rows"
-        raise UserError(f"{args.dataset}: {what}")
+    rows = read_rows(check_unchanged(check_input(args.dataset, mend)))
     questions = load_questions(args)
     embedder = Embedder(args.embedding_model, args.cache, args.device)
     pairs = find_pairs(rows, questions, embedder, args.cosine_threshold, args.paper)
@@ -705,6 +798,7 @@ def check(args: argparse.Namespace, started: float) -> None:
         benchmarks = Counter(q.test_id.rpartition("/")[0] for q in questions)
         counts = {"rows": len(rows), "pairs": len(pairs), "test_questions": benchmarks}
         extra = [Path(file) for file in args.extra_benchmark.values()]
+        extra += [args.against] if args.against else []
         inputs = [args.dataset, *extra, *local_inputs(args)]
         finish_run(args, inputs, started, counts=counts, embedding=embedder.about)
         apply(args, time.monotonic())
@@ -716,71 +810,108 @@ def local_inputs(args: argparse.Namespace) -> list[Path]:
     return sorted(p for folder in folders for p in folder.rglob("*") if p.is_file())
 
 
-def apply(args: argparse.Namespace, started: float) -> None:
-    """Write the clean set: every flagged row goes unless all its pairs were decided not-a-leak."""
-    run = json.loads((args.out / "run.json").read_text(encoding="utf-8"))
-    dataset = Path(run["settings"]["dataset"])
-    rows = read_jsonl(check_input(dataset, "the data set that was checked"), {"id": str})
-    if sha256_of(dataset) != run["inputs"][str(dataset)]["sha256"]:
-        raise UserError(
-            f"{dataset} changed since it was checked: python check_contamination.py --overwrite"
-        )
-    pairs = read_jsonl(args.out / "pairs.jsonl", {"pair_id": str, "train_id": str})
-    log = args.out / "decisions.jsonl"
-    decisions = read_decisions(log)
-    flagged: dict[str, list[Row]] = defaultdict(list)
+def removed_ids(
+    pairs: list[Row], decisions: dict[str, Row], remove: Iterable[str] = REMOVE
+) -> dict[str, list[Row]]:
+    """The rows that go -> why: [{"pair_id", "verdict"}] of their pairs with a verdict in `remove`.
+
+    pairs: lines of pairs.jsonl; decisions: read_decisions(); a pair without one is "undecided".
+    """
+    gone = defaultdict(list)
     for pair in pairs:
         verdict = decisions.get(pair["pair_id"], {}).get("verdict", "undecided")
-        if verdict != "not-a-leak":
-            flagged[pair["train_id"]].append({"pair_id": pair["pair_id"], "verdict": verdict})
-    clean = [row for row in rows if row["id"] not in flagged]
-    removed = [{**row, "because": flagged[row["id"]]} for row in rows if row["id"] in flagged]
-    table = leak_tables(rows, pairs, decisions)
-    undecided = sum(pair["pair_id"] not in decisions for pair in pairs)
+        if verdict in remove:
+            gone[pair["train_id"]].append({"pair_id": pair["pair_id"], "verdict": verdict})
+    return dict(gone)
+
+
+def apply(args: argparse.Namespace, started: float) -> None:
+    """Write the clean set: by default a flagged row stays if all its pairs are not-a-leak."""
+    run, log = read_run(args.out / "run.json"), args.out / "decisions.jsonl"
+    dataset = Path(str(run["settings"].get("dataset")))
+    rows = read_rows(check_input(dataset, "the data set that was checked"))
+    if run["inputs"].get(str(dataset), {}).get("sha256") != sha256_of(dataset):
+        again = "python check_contamination.py --overwrite"
+        raise UserError(f"{dataset} changed since it was checked: {again}")
+    pairs = read_jsonl(check_unchanged(args.out / "pairs.jsonl"), PAIR)
+    decisions = read_decisions(log)
+    gone = removed_ids(pairs, decisions, args.remove)
+    clean = [row for row in rows if row["id"] not in gone]
+    removed = [{**row, "because": gone[row["id"]]} for row in rows if row["id"] in gone]
+    tables = leak_tables(rows, pairs, decisions, run.get("counts", {}).get("test_questions", {}))
+    text = "\n\n".join(
+        markdown_table(list(table[0]), [list(line.values()) for line in table])
+        for table in tables.values()
+        if table
+    )
+    undecided = [pair["pair_id"] for pair in pairs if pair["pair_id"] not in decisions]
+    stale = sorted(decisions.keys() - {pair["pair_id"] for pair in pairs})
     write_file(args.out / "clean.jsonl", to_jsonl(clean))
     write_file(args.out / "removed.jsonl", to_jsonl(removed))
-    write_file(args.out / "table.md", table + "\n")
-    counts = {"clean": len(clean), "removed": len(removed), "undecided_pairs": undecided}
-    logged = {"decisions_sha256": sha256_of(log) if log.exists() else None}
+    write_file(args.out / "table.md", text + "\n")
+    counts = {"clean": len(clean), "removed": len(removed), "undecided_pairs": len(undecided)}
+    about = {"undecided": undecided, "stale": stale, "tables": tables}
+    about["decisions_sha256"] = sha256_of(log) if log.exists() else None
     inputs = [dataset, args.out / "pairs.jsonl", args.out / "run.json"]
-    finish_run(args, inputs, started, name="apply.json", counts=counts, **logged)
-    print(table)
-    print(f"\n{len(pairs):,} pairs, {undecided:,} undecided; to review: python tui.py {args.out}")
+    finish_run(args, inputs, started, name="apply.json", counts=counts, **about)
+    print(text)
+    print(f"\n{len(pairs):,} pairs, {len(undecided):,} undecided{some(undecided)}")
+    if stale:
+        print(f"{len(stale):,} verdicts are of pairs that are no longer there{some(stale)}")
+    print(f"to review: python tui.py {args.out}")
     print(
         f"wrote {args.out}/clean.jsonl: {len(clean):,} of {len(rows):,} rows. "
         f"Next: python finetune.py --data {args.out}/clean.jsonl"
     )
 
 
-def leak_tables(rows: list[Row], pairs: list[Row], decisions: dict[str, Row]) -> str:
-    """Two Markdown tables: per source beside the paper's Table 1, and per source x benchmark.
+def some(ids: list[str]) -> str:
+    """The first few ids in brackets; all are in apply.json."""
+    more = ", ... (all in apply.json)" if len(ids) > 3 else ""
+    return f" ({', '.join(ids[:3])}{more})" if ids else ""
 
-    Pairs; the rows and test questions in them; test questions with the very words of a row; pairs
-    that were decided duplicate (what the paper counts as leaked questions); undecided pairs.
+
+def leak_tables(
+    rows: list[Row], pairs: list[Row], decisions: dict[str, Row], asked: dict[str, int]
+) -> dict[str, list[Row]]:
+    """Leaks per source beside the paper's Table 1, per source x benchmark, and per subject.
+
+    Of each: pairs; rows and test questions in them; test questions of pairs that are suggested and
+    that were decided duplicate (the latter is what the paper counts); undecided pairs. `asked`:
+    benchmark/subject -> how many test questions it has.
     """
 
-    def line(chosen: list[Row]) -> list[int]:
-        decided = [decisions.get(p["pair_id"], {}).get("verdict") for p in chosen]
-        ids = [len({pair[key] for pair in chosen}) for key in ("train_id", "test_id")]
-        same = len({pair["test_id"] for pair in chosen if pair["suggested"] == "duplicate"})
-        return [len(chosen), *ids, same, decided.count("duplicate"), decided.count(None)]
+    def line(chosen: list[Row]) -> Row:
+        verdicts = [decisions.get(p["pair_id"], {}).get("verdict") for p in chosen]
+        decided = {p["test_id"] for p, v in zip(chosen, verdicts, strict=True) if v == "duplicate"}
+        suggested = {p["test_id"] for p in chosen if p["suggested"] == "duplicate"}
+        return {
+            "pairs": len(chosen),
+            "rows": len({p["train_id"] for p in chosen}),
+            "test questions": len({p["test_id"] for p in chosen}),
+            "duplicate?": len(suggested),
+            "duplicate": len(decided),
+            "undecided": verdicts.count(None),
+        }
 
-    counts = Counter(row.get("source", "") for row in rows)
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for pair in pairs:
-        groups[pair["source"], pair["benchmark"]].append(pair)
-    found = ["pairs", "rows", "test questions", "same words", "duplicates", "undecided"]
-    sources = [
-        [s, counts[s], *line([p for p in pairs if p["source"] == s]), PAPER_LEAKS.get(s, 0)]
-        for s in sorted(counts)
-    ]
-    crossed = [[f"{s} x {b}", *line(groups[s, b])] for s, b in sorted(groups)]
-    return "\n\n".join(
-        [
-            markdown_table(["source", "of rows", *found, "paper's leaks"], sources),
-            markdown_table(["source x benchmark", *found], crossed),
-        ]
-    )
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for p in pairs:
+        for name in (p["source"], f"{p['source']} x {p['benchmark']}"):
+            groups[name].append(p)
+        groups[f"{p['benchmark']}/{p['subject']}"].append(p)
+    sizes = Counter(row.get("source", "") for row in rows)
+    crossed = sorted({f"{p['source']} x {p['benchmark']}" for p in pairs})
+    subjects = sorted({f"{p['benchmark']}/{p['subject']}" for p in pairs})
+    return {
+        "sources": [
+            {"source": name, "of": size, **line(groups[name]), "paper": PAPER_LEAKS.get(name, 0)}
+            for name, size in sorted(sizes.items())
+        ],
+        "benchmarks": [{"source x benchmark": name, **line(groups[name])} for name in crossed],
+        "subjects": [
+            {"subject": name, "of": asked.get(name, ""), **line(groups[name])} for name in subjects
+        ],
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,9 +29,11 @@ def test_planted_leaks_are_found_and_removed(demo) -> None:
     planted = [{**plant, "train": origins[plant["train"]]} for plant in planted]
     for plant in planted:
         pair = found[plant["train"], plant["test"]]
-        assert pair["cosine"] == pytest.approx(plant["cosine"], abs=0.002)
+        assert pair["cosine"] >= plant["cosine"] - 0.002  # that of the whole questions
     extra = found.keys() - {(plant["train"], plant["test"]) for plant in planted}
-    assert all(train.startswith("world:") and test.startswith("world/") for train, test in extra)
+    for train, test in extra:
+        template = train.startswith("world:") and test.startswith("world/")
+        assert template or found[train, test]["suggested"] == "not-a-leak", (train, test)
     clean = {row["id"] for row in read_lines(demo / "contamination/clean.jsonl")}
     removed = {row["id"] for row in read_lines(demo / "contamination/removed.jsonl")}
     assert removed == {pair["train_id"] for pair in found.values()}
