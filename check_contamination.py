@@ -498,12 +498,12 @@ class Rarity:
         """Whether words and numbers say that two texts of a lower cosine are one question.
 
         The share of their information that is in both (Dice's coefficient) is added to the cosine.
-        Most of the numbers have to be in both, and a name; without numbers more words have to.
+        Two thirds of the numbers have to be in both, and a name; without numbers more words.
         """
         (words_a, numbers_a, names_a), (words_b, numbers_b, names_b) = content_of(a), content_of(b)
         shared, total = (numbers_a & numbers_b).total(), (numbers_a | numbers_b).total()
         both = self.of(words_a) + self.of(words_b)
-        if shared < total / 2 or not both or (names_a and names_b and not names_a & names_b):
+        if 3 * shared < 2 * total or not both or (names_a and names_b and not names_a & names_b):
             return False
         agreement = 2 * self.of(words_a & words_b) / both
         return cosine + agreement >= (CONFIRMED if shared else CONFIRMED_WORDS)
