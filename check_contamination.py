@@ -9,14 +9,12 @@ and by `apply`: clean.jsonl, removed.jsonl, table.md, apply.json.
     python check_contamination.py apply
     python check_contamination.py --against partner.jsonl --out out/overlap
 
-A pair of a training and a test question is listed when a view of one (whole, with or without
-choices, last paragraph, windows of long texts) and a view of the other have a cosine of at least
-0.8, when one stands word for word in the other, or from 0.6 when words and numbers confirm it.
-Every such pair, not the nearest only. Each has a suggested class and a reason, which decide
-nothing: all flagged rows leave the clean set until a person's verdicts in decisions.jsonl
-(`python tui.py`) say not-a-leak and `apply` is run again.
-Time: the embedding of 55,000 texts of four benchmarks, 15 minutes on one CPU core the first time
-and seconds after. It compares questions only: an answer alone that leaks is not seen.
+Every pair of a training and a test question is listed whose views (whole, without or with choices,
+last paragraph, windows of long texts) have a cosine of at least 0.8, or from 0.6 where words and
+numbers confirm it, or of which one holds the other word for word. Each has a suggested class, which
+decides nothing: all flagged rows go until a person's verdicts (`python tui.py`) say not-a-leak and
+`apply` is run again. Time: embedding 55,000 test texts, 15 minutes on one CPU core, then seconds.
+It compares questions only: an answer alone that leaks is not seen.
 """
 
 import argparse
@@ -35,7 +33,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from build_dataset import (
     CACHE,
@@ -63,9 +61,6 @@ from build_dataset import (
     write_file,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-
 VERDICTS = ("duplicate", "gray-area", "similar-but-different", "not-a-leak")  # paper, section 2.3
 REMOVE = (*VERDICTS[:3], "undecided")  # the paper removed all three classes
 SHOTS = 300  # rows of a HellaSwag file that are few-shot examples, or half of a smaller file
@@ -75,60 +70,34 @@ HUB = {  # id, configuration, few-shot split, scored split: as in the harness's 
     "mmlu": ("cais/mmlu", "all", "dev", "test"),
     "truthfulqa": ("truthfulqa/truthful_qa", "multiple_choice", None, "validation"),
 }
-PAPER_LEAKS = {  # Table 1: leaked questions per source; the rest 0
-    "prm800k": 77,
-    "math": 77,  # the questions of PRM800K are MATH's
-    "airoboros": 13,
-    "guanaco": 13,
-    "openbookqa": 6,
-}
-
-
+# Table 1: leaked questions per source, the rest 0; the questions of PRM800K are MATH's
+PAPER_LEAKS = {"prm800k": 77, "math": 77, "airoboros": 13, "guanaco": 13, "openbookqa": 6}
+PAIR = dict.fromkeys(("pair_id", "train_id", "source", "benchmark", "subject", "test_id"), str)
+# Detection: measured by benchmarks/contamination_quality.py
 CANDIDATE = 0.6  # from this cosine up the words of two texts may confirm that they are one question
 CONFIRMED, CONFIRMED_WORDS = 1.0, 1.2  # cosine + share of the words, with and without numbers
 GENERIC = 12.0  # nats that parts of two texts must share: "which of the following is true" has 9
 WHOLE = ("question", "instruction", "question with choices")
 LETTERED = re.compile(r"\n\s*\(?A[:.)]\s")  # where a training question's lettered choices begin
-NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(),
-                   map(str, range(13)), strict=True))  # fmt: skip
-SIGNS = str.maketrans("\u2212\u2013\u2014\u2019", "---'")  # minus and dashes
-LAYOUT = re.compile(r"\\(?:left|right|displaystyle|math\w\w|text\w*|[ !,;:])(?![a-z])")  # of LaTeX
-THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?:\\!)?(?=\d{3}(?!\d))")
-HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2})")
-GROUP = re.compile(r"[({\[]\s*((?:[^\W\d_]+|\d+(?:\.\d+)?)(?:\s+[^\W\d_]+)*)\s*[)}\]]")
+NAME = re.compile(r"(?<=\w[\s,;])[A-Z][a-z]+")  # proper names: capitals within a sentence
+DIGITS = {word: str(n) for n, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve".split())}  # fmt: skip
+# Suggestions: chosen on one half of 360 labelled pairs
+WORDING, FACT, NEAR = 0.8, 0.75, 0.85  # cosines without and with answers; words in the same order
+SHORT = 5  # words of an answer that is no solution
+LONGEST = 1000  # words of a text of which differences are looked for
+NEGATIONS = "not no never except without least cannot false incorrect".split()
 LETTER = re.compile(r"(?:the answer is:?\s*)?\(?([A-Z])(?:[:.)]\s*(.*))?", re.IGNORECASE)
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
-WORDING, FACT, NEAR = 0.8, 0.75, 0.85  # of questions; with answers; words in the same order
-SHORT = 5  # words of an answer that is no solution
-NEGATIONS = "not no never except without least cannot false incorrect".split()
-NAME = re.compile(r"(?<=\w[\s,;])[A-Z][a-z]+")  # proper names: capitals within a sentence
+# The words of a text: LaTeX's layout, 1,000 and 1{,}000, x-axis, a bracket around one thing, ...
+SIGNS = str.maketrans("\u2212\u2013\u2014\u2019", "---'")  # minus and dashes
+LAYOUT = re.compile(r"\\(?:left|right|displaystyle|math\w\w|text\w*|[ !,;:])(?![a-z])")
+THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?:\\!)?(?=\d{3}(?!\d))")
 FRACTION = re.compile(r"\\[dt]?frac\{(\w+)\}\{(\w+)\}")
 GREEK = re.compile(r"(?<![^\W\d_])[α-ω](?![^\W\d_])")
+HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2})")
+GROUP = re.compile(r"[({\[]\s*((?:[^\W\d_]+|\d+(?:\.\d+)?)(?:\s+[^\W\d_]+)*)\s*[)}\]]")
 TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|_+|[^\w\s.,;:!?'\"$\\]")
-
-
-PAIR = {  # fields of a pair that `apply` needs, and their types
-    **dict.fromkeys("pair_id train_id source benchmark subject test_id suggested why".split(), str),
-    "cosine": float,
-}
-
-
-class Subject(NamedTuple):
-    """One benchmark subject ("all" where there is one) in the hub's columns."""
-
-    benchmark: str
-    subject: str
-    shots: list[Row]
-    scored: list[Row]
-
-
-class Question(NamedTuple):
-    """A test question; `test_id` is benchmark/subject/row of the scored split."""
-
-    test_id: str
-    text: str
-    choices: list[str]
-    answer: str
 
 
 # --- shared by steps 2 to 5: input that an earlier step wrote -------------------------------------
@@ -195,6 +164,24 @@ def markdown_table(headers: list[str], rows: list[list[Any]]) -> str:
 
 
 # --- shared with step 5 and the terminal UI: benchmarks, verdicts ---------------------------------
+
+
+class Subject(NamedTuple):
+    """One benchmark subject ("all" where there is one) in the hub's columns."""
+
+    benchmark: str
+    subject: str
+    shots: list[Row]
+    scored: list[Row]
+
+
+class Question(NamedTuple):
+    """A test question; `test_id` is benchmark/subject/row of the scored split."""
+
+    test_id: str
+    text: str
+    choices: list[str]
+    answer: str
 
 
 def load_benchmark(name: str, local: Path | None, official: bool = False) -> list[Subject]:
@@ -339,6 +326,12 @@ def questions_of(subject: Subject) -> list[Question]:
     return questions
 
 
+def local_inputs(args: argparse.Namespace) -> list[Path]:
+    """The benchmark files below --local, for run.json."""
+    folders = [args.local / name for name in args.benchmarks] if args.local else []
+    return sorted(p for folder in folders for p in folder.rglob("*") if p.is_file())
+
+
 def read_decisions(path: Path) -> dict[str, Row]:
     """The last verdict of each pair; a line that a crash cut short is no verdict."""
     decisions = {}
@@ -365,16 +358,29 @@ def append_decision(path: Path, pair_id: str, verdict: str, reviewer: str, note:
         os.fsync(log.fileno())
 
 
+def removed_ids(
+    pairs: list[Row], decisions: dict[str, Row], remove: Iterable[str] = REMOVE
+) -> dict[str, list[Row]]:
+    """The rows that go -> why: [{"pair_id", "verdict"}] of their pairs with a verdict in `remove`.
+
+    pairs: lines of pairs.jsonl; decisions: read_decisions(); a pair without one is "undecided".
+    """
+    gone = defaultdict(list)
+    for pair in pairs:
+        verdict = decisions.get(pair["pair_id"], {}).get("verdict", "undecided")
+        if verdict in remove:
+            gone[pair["train_id"]].append({"pair_id": pair["pair_id"], "verdict": verdict})
+    return dict(gone)
+
+
 # --- step 2 ---------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this step; every impossible setting is named at once."""
     parser = make_parser(__doc__, "out/contamination")
-    what = "check: find pairs, then apply (default); apply: write the clean set from the verdicts"
-    parser.add_argument(
-        "command", nargs="?", choices=("check", "apply"), default="check", help=what
-    )
+    do = "check: find pairs, then apply (default); apply: write the clean set from the verdicts"
+    parser.add_argument("command", nargs="?", choices=("check", "apply"), default="check", help=do)
     add = parser.add_argument_group("data").add_argument
     dataset = Path("out/dataset/dataset.jsonl")
     add("--dataset", type=Path, default=dataset, metavar="FILE", help="default: %(default)s")
@@ -394,24 +400,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--embedding-model", default=EMBEDDING_MODEL, help="default and paper: %(default)s")
     add("--cache", type=Path, default=CACHE, help="of embeddings (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.benchmarks is None:
-        args.benchmarks = "" if args.against else ",".join(HUB)
-    args.benchmarks = [name for name in args.benchmarks.split(",") if name]
-    args.remove = [name for name in args.remove.split(",") if name]
-    extra = [item.partition("=")[::2] for item in args.extra_benchmark]
-    args.extra_benchmark = dict(extra)
-    x, files = args.cosine_threshold, [Path(file) for _, file in extra]
-    files += [args.against] if args.against else []
-    known = {*HUB, "against", "", *(name for name, _ in extra if "/" in name)}
-    taken = [name for n, (name, _) in enumerate(extra) if name in {*known, *dict(extra[:n])}]
+    default = "" if args.against else ",".join(HUB)
+    wanted = default if args.benchmarks is None else args.benchmarks
+    args.benchmarks, args.remove = list(filter(None, wanted.split(","))), args.remove.split(",")
+    extra, x = [item.partition("=")[::2] for item in args.extra_benchmark], args.cosine_threshold
+    args.extra_benchmark, names = dict(extra), [name for name, _ in extra]
+    files = filter(None, [args.against, *(file or "''" for _, file in extra)])
+    taken = [n for n in names if not n or n in HUB or "/" in n or names.count(n) > 1]
     unknown = [name for name in args.benchmarks if name not in HUB]
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [str(file) for file in files if not Path(file).is_file()]
     classes = [name for name in args.remove if name not in (*VERDICTS, "undecided")]
     refuse(
         {
             f"--benchmarks: {', '.join(unknown)} is none of {', '.join(HUB)}": unknown,
-            f"--extra-benchmark: {taken} cannot be a name: known, given twice, or with a /": taken,
+            f"--extra-benchmark: {taken} cannot be names: known, given twice, or with a /": taken,
             f"no such file: {', '.join(missing)}": missing,
+            "no benchmark: name one": not (args.benchmarks or extra or args.against),
             f"--remove: {', '.join(classes)} is none of {', '.join(VERDICTS)}, undecided": classes,
             f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
             f"--cosine-threshold {x} is not above 0 and at most 1": not 0 < x <= 1,
@@ -427,24 +431,20 @@ def load_questions(args: argparse.Namespace) -> list[Question]:
         rows = read_jsonl(Path(file), {"question": str})
         subjects.append(Subject(name, "all", [], [{"answer": "", **row} for row in rows]))
     if args.against:
-        rows = read_jsonl(args.against, {"instruction": str, "output": str})
-        rows = [{"question": question_of({"input": "", **r}), "answer": r["output"]} for r in rows]
+        rows = read_rows(args.against)
+        rows = [{"question": question_of(row), "answer": row["output"]} for row in rows]
         subjects.append(Subject("against", args.against.stem, [], rows))
     questions = []
     for subject in subjects:
         try:
             found = questions_of(subject)[: args.limit]
+            for q in found:
+                "".join([q.text, q.answer] + q.choices)  # raises where one is no text
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"{subject.benchmark}/{subject.subject}: bad row: {error}") from None
         if not found:
             raise UserError(f"{subject.benchmark}/{subject.subject} has no questions")
-        for question in found:
-            texts = [question.text, question.answer, *question.choices]
-            if not isinstance(question.choices, list) or not all(isinstance(t, str) for t in texts):
-                raise UserError(f"{question.test_id}: question, choices or answer is not text")
         questions += found
-    if not questions:
-        raise UserError("no benchmark: name one with --benchmarks or --extra-benchmark")
     return questions
 
 
@@ -461,21 +461,17 @@ def words_of(text: str) -> list[str]:
     text = FRACTION.sub(r"\1/\2", LAYOUT.sub(" ", THOUSANDS.sub("", text)))
     text = GREEK.sub(lambda letter: unicodedata.name(letter[0]).split()[-1].lower(), text)
     text = HYPHEN.sub(" ", text)
-    count = 1
-    while count:  # brackets around one word or number group nothing
-        text, count = GROUP.subn(r" \1 ", text)
+    while text != (text := GROUP.sub(r" \1 ", text)):  # brackets around one thing group nothing
+        pass
     return TOKEN.findall(text)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def content_of(text: str) -> tuple[frozenset[str], Counter[str], frozenset[str]]:
-    """Words cut to five letters, a crude stem ("produces", "production"); numbers; proper names.
-
-    0 and 1 are no evidence ("one" is an article too, and every formula has a 1).
-    """
-    cut = (NUMBERS.get(word, word.removesuffix("s")[:5]) for word in words_of(text))
+    """Words cut to five letters, a crude stem ("produces", "production"); numbers; proper names."""
+    cut = (DIGITS.get(word, word.removesuffix("s")[:5]) for word in words_of(text))
     words = [word for word in cut if word[:1].isalnum()]
-    numbers = Counter(w for w in words if w[0].isdigit() and w not in "01")
+    numbers = Counter(w for w in words if w[0].isdigit() and w not in "01")  # these are everywhere
     return frozenset(words), numbers, frozenset(NAME.findall(text))
 
 
@@ -489,10 +485,6 @@ class Rarity:
     def of(self, words: frozenset[str]) -> float:
         """The information in a set of words, in nats."""
         return sum(math.log((self.total + 1) / (self.counts[word] + 0.5)) for word in words)
-
-    def shared(self, a: str, b: str) -> float:
-        """The information that two texts have in common, in nats."""
-        return self.of(content_of(a)[0] & content_of(b)[0])
 
     def confirms(self, a: str, b: str, cosine: float) -> bool:
         """Whether words and numbers say that two texts of a lower cosine are one question.
@@ -519,9 +511,8 @@ def contained(needles: list[str], haystacks: list[str]) -> Iterator[tuple[str, s
             anchors[min(words, key=lambda word: (counts[word], word))].append(needle)
     for text in haystacks:
         for word in set(spaced[text].split()) & anchors.keys():
-            yield from (
-                (needle, text) for needle in anchors[word] if spaced[needle] in spaced[text]
-            )
+            found = [needle for needle in anchors[word] if spaced[needle] in spaced[text]]
+            yield from ((needle, text) for needle in found)
 
 
 # --- step 2: pairs --------------------------------------------------------------------------------
@@ -551,9 +542,8 @@ def gather(views: Iterable[dict[str, str]], embedder: Embedder | None) -> dict[s
     """Text -> [(place in `views`, its name)]; given an embedder also the windows of long texts."""
     owners = defaultdict(list)
     for place, named in enumerate(views):
-        for text, name in named.items():
-            if text.strip():
-                owners[text].append((place, name))
+        for text in filter(str.strip, named):
+            owners[text].append((place, named[text]))
     whole = called(owners, "question")
     for text, windows in zip(whole, embedder.windows(whole) if embedder else (), strict=False):
         for window in windows if len(windows) > 1 else ():
@@ -566,67 +556,71 @@ def called(owners: dict[str, list[Any]], *names: str) -> list[str]:
     return [text for text, named in owners.items() if any(name in names for _, name in named)]
 
 
+def detections(
+    ours: dict[str, Any], theirs: dict[str, Any], embedder: Embedder, lowest: float
+) -> Iterator[tuple[str, str, float, bool]]:
+    """Yield (row's text, test's text, cosine, verbatim): from `lowest` up, or verbatim."""
+    a, b = list(ours), list(theirs)
+    left, right = embedder(a), embedder(b)
+    for i, j, cosines in similar_pairs(left, right, lowest):
+        for x, y, cosine in zip(i.tolist(), j.tolist(), cosines.tolist(), strict=True):
+            yield a[x], b[y], cosine, False
+    at_a, at_b = ({text: n for n, text in enumerate(texts)} for texts in (a, b))
+    hits = contained(called(theirs, "question", "stem"), called(ours, "question"))
+    back = contained(called(ours, "without choices", *WHOLE), called(theirs, "question"))
+    for x, y in [*((x, y) for y, x in hits), *back]:
+        yield x, y, float(left[at_a[x]] @ right[at_b[y]]), True
+
+
 def find_pairs(
     rows: list[Row], questions: list[Question], embedder: Embedder, threshold: float, paper: bool
 ) -> list[Row]:
     """Every pair of training row and test question that a detector finds, most similar first.
 
     cosine: two views at `threshold` or more. cosine and words: CANDIDATE or more, and confirmed by
-    Rarity.confirms(). verbatim: the words of one in the other. Parts of a text must share enough
-    information to be no generic stem. `paper`: cosine alone, on whole rows and test questions with
-    lettered choices, as the published notebook did.
+    Rarity.confirms(). verbatim: the words of one in the other. Parts of a text must share more than
+    a generic stem. `paper`: cosine alone, whole rows x questions with choices, as published.
     """
     if paper:
-        ours = gather([{question_of(row): "question"} for row in rows], None)
-        views = [{lettered(q.text, q.choices): "question with choices"} for q in questions]
-        theirs = gather(views, None)
+        ours = gather([{question_of(row): "row"} for row in rows], None)
+        theirs = gather([{lettered(q.text, q.choices): WHOLE[-1]} for q in questions], None)
     else:
         ours = gather(map(row_views, rows), embedder)
         theirs = gather(map(question_views, questions), embedder)
-    a, b = list(ours), list(theirs)
-    left, right, rarity = embedder(a), embedder(b), Rarity(a + b)
-    best: dict[tuple[int, int], tuple[float, bool, str, str]] = {}
-
-    def note(text_a: str, text_b: str, cosine: float, detector: str) -> None:
-        """Keep the pairs of the owners of two texts, each with its most similar view."""
-        generic = not paper and rarity.shared(text_a, text_b) < GENERIC
-        for (row, name), (question, view) in itertools.product(ours[text_a], theirs[text_b]):
-            whole = name in WHOLE and view in WHOLE
-            partial = "window" in (name, view) or (view == "question with choices" and not whole)
-            if (generic and (detector == "verbatim" or not whole)) or (
-                detector == "cosine and words" and partial
-            ):
-                continue
-            named = view if name == "question" else f"{name} x {view}"
-            found = (detector == "verbatim", cosine, whole, named, detector)
-            best[row, question] = max(best.get((row, question), (False,)), found)
-
+    rarity = Rarity([*ours, *theirs])
     lowest = threshold if paper else min(threshold, CANDIDATE)
-    for i, j, cosines in similar_pairs(left, right, lowest):
-        for x, y, cosine in zip(i.tolist(), j.tolist(), cosines.tolist(), strict=True):
-            if cosine >= threshold:
-                note(a[x], b[y], cosine, "cosine")
-            elif rarity.confirms(a[x], b[y], cosine):
-                note(a[x], b[y], cosine, "cosine and words")
-    if not paper:
-        places_a, places_b = ({text: n for n, text in enumerate(texts)} for texts in (a, b))
-        hits = contained(called(theirs, "question", "stem"), called(ours, "question"))
-        back = contained(called(ours, "without choices", *WHOLE), called(theirs, "question"))
-        for x, y in itertools.chain(((x, y) for y, x in hits), back):
-            note(x, y, float(left[places_a[x]] @ right[places_b[y]]), "verbatim")
+    best: dict[tuple[int, int], tuple[Any, ...]] = {}
+    for a, b, cosine, verbatim in detections(ours, theirs, embedder, lowest):
+        if cosine < threshold and not verbatim and not rarity.confirms(a, b, cosine):
+            continue
+        by = "verbatim" if verbatim else "cosine" if cosine >= threshold else "cosine and words"
+        generic = not paper and rarity.of(content_of(a)[0] & content_of(b)[0]) < GENERIC
+        for (row, name), (question, view) in itertools.product(ours[a], theirs[b]):
+            whole = paper or (name in WHOLE and view in WHOLE)
+            part = "window" in (name, view) or (view == WHOLE[-1] and not whole)
+            if by == "cosine and words" and part:  # long texts and choices share words by chance
+                continue
+            if not generic or (whole and not verbatim):
+                named = view if name in ("question", "row") else f"{name} x {view}"
+                found = (verbatim, cosine, whole, named, by)
+                best[row, question] = max(best.get((row, question), (False,)), found)
     keys = [(rows[row], questions[question]) for row, question in best]
-    classes = suggest(keys, embedder, rarity)
+    suggested = suggest(keys, embedder, rarity)
     pairs = [
-        {**describe_pair(*key, cosine, view, detector), "suggested": kind, "why": why}
-        for key, (_, cosine, _, view, detector), (kind, why) in zip(
-            keys, best.values(), classes, strict=True
-        )
+        describe_pair(*key, cosine, view, by, *guess)
+        for key, (_, cosine, _, view, by), guess in zip(keys, best.values(), suggested, strict=True)
     ]
     return sorted(pairs, key=lambda pair: (-pair["cosine"], pair["pair_id"]))
 
 
 def describe_pair(
-    row: Row, question: Question, cosine: float, view: str, detector: str = "cosine"
+    row: Row,
+    question: Question,
+    cosine: float,
+    view: str,
+    by: str = "",
+    kind: str = "",
+    why: str = "",
 ) -> Row:
     """One line of pairs.jsonl."""
     benchmark, subject, _ = question.test_id.split("/")
@@ -639,12 +633,14 @@ def describe_pair(
         "test_id": question.test_id,
         "cosine": round(cosine, 6),
         "view": view,
-        "detector": detector,
+        "detector": by,
         "train_question": question_of(row),
         "train_answer": row["output"],
         "test_question": question.text,
         "test_choices": question.choices,
         "test_answer": question.answer,
+        "suggested": kind,
+        "why": why,
     }
 
 
@@ -655,19 +651,16 @@ def difference(a: str, b: str) -> str:
     'differs in 1 of 5 words: x -> y'
     """
     left, right = words_of(a), words_of(b)
+    matcher = difflib.SequenceMatcher(None, left[:LONGEST], right[:LONGEST], False)
     changes = [
-        (
-            " ".join(left[i1:i2]) or "(nothing)",
-            " ".join(right[j1:j2]) or "(nothing)",
-            max(i2 - i1, j2 - j1),
-        )
-        for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, left, right, False).get_opcodes()
-        if tag != "equal"
+        (left[i:j], right[k:m]) for tag, i, j, k, m in matcher.get_opcodes() if tag != "equal"
     ]
     if not changes:
         return "same words"
-    count = sum(change[2] for change in changes)
-    shown = "; ".join(f"{old} -> {new}" for old, new, _ in changes[:3])
+    count = sum(max(map(len, change)) for change in changes)
+    shown = "; ".join(
+        " -> ".join(" ".join(words) or "(nothing)" for words in change) for change in changes[:3]
+    )
     more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
     return f"differs in {count} of {max(len(left), len(right))} words: {shown:.160}{more}"
 
@@ -675,8 +668,8 @@ def difference(a: str, b: str) -> str:
 def short_answer(text: str, question: str = "") -> str:
     r"""The end of a solution: a lettered choice's text, what \boxed{} holds, or the last line.
 
-    >>> short_answer("The answer is B: wood"), short_answer("So $x=\boxed{\frac{1}{2}}$.")
-    ('wood', '\\frac{1}{2}')
+    >>> short_answer("The answer is B: wood"), short_answer("So $x=\\boxed{7}$."), short_answer("4")
+    ('wood', '7', '4')
     """
     if letter := LETTER.fullmatch(text.strip()):
         choice = re.search(rf"^\s*\(?{letter[1]}[:.)]\s(.*)", question, re.MULTILINE)
@@ -689,53 +682,44 @@ def suggest(
     pairs: list[tuple[Row, Question]], embedder: Embedder, rarity: Rarity
 ) -> list[tuple[str, str]]:
     """The class that each pair seems to have, and why in one line; never a decision."""
-
-    def alike(a: list[str], b: list[str]) -> "np.ndarray":
-        """The cosines of two lists of texts, one by one."""
-        return (embedder(a) * embedder(b)).sum(axis=1)
-
-    import numpy as np
-
-    bares = [bare_of(row) for row, _ in pairs]
-    own = [short_answer(row["output"], row["instruction"]) for row, _ in pairs]
-    said = [f"{text} {answer}".strip() for text, answer in zip(bares, own, strict=True)]
-    fact = [f"{text} {row['input']}".strip() for text, (row, _) in zip(said, pairs, strict=True)]
-    asked = [question.text for _, question in pairs]
-    stems = [next(iter(question_views(question))) for _, question in pairs]
-    told = [f"{question.text} {question.answer}" for _, question in pairs]
-    wording = np.maximum(alike(bares, asked), alike(bares, stems))
-    facts = np.maximum(alike(said, told), alike(fact, told))
-    answers = alike(own, [short_answer(question.answer) for _, question in pairs])
+    texts = []
+    for row, question in pairs:
+        bare, own = bare_of(row), short_answer(row["output"], row["instruction"])
+        stem, told = next(iter(question_views(question))), f"{question.text} {question.answer}"
+        said = f"{bare} {own}".strip()
+        texts += [(bare, question.text), (bare, stem), (said, told)]
+        texts += [(f"{said} {row['input']}".strip(), told), (own, short_answer(question.answer))]
+    left, right = (embedder([pair[side] for pair in texts]) for side in (0, 1))
+    cosines = (left * right).sum(axis=1).reshape(-1, 5).tolist()
     return [
-        classify(*pair, *map(float, cosines), rarity)
-        for pair, *cosines in zip(pairs, wording, facts, answers, strict=True)
+        classify(*pair, max(a, b), max(c, d), e, rarity)
+        for pair, (a, b, c, d, e) in zip(pairs, cosines, strict=True)
     ]
 
 
 def classify(
     row: Row, question: Question, wording: float, fact: float, answers: float, rarity: Rarity
 ) -> tuple[str, str]:
-    """The class that a pair seems to have, and why, from what differs between the two questions.
+    """The class that a pair seems to have, and why: what differs between the two questions.
 
-    wording, fact, answers: cosines of the questions, of the questions with their answers, and of
-    the answers. Calculations (numbers on both sides) differ by numbers and answers. Else one fact
-    asked in other words is a gray area, and a question with another answer similar but different.
+    wording, fact, answers: cosines of the questions, of these with their answers, of the answers.
+    Calculations (numbers on both sides) differ by numbers and answers; else one fact asked in other
+    words is a gray area, and a question with another answer similar but different.
     """
     bare, own = bare_of(row), short_answer(row["output"], row["instruction"])
     a, b, answer = words_of(bare), words_of(question.text), words_of(short_answer(question.answer))
     (words_a, ours, _), (words_b, theirs, _) = content_of(bare), content_of(question.text)
-    order = difflib.SequenceMatcher(None, a, b, False).ratio()
+    order = difflib.SequenceMatcher(None, a[:LONGEST], b[:LONGEST], False).ratio()
     numeric, generic = bool(ours and theirs), rarity.of(words_a & words_b) < GENERIC
     replaced = min(rarity.of(words_a - words_b), rarity.of(words_b - words_a))
-    reply = words_of(own)
-    brief = 0 < sum(map(str.isalnum, reply)) <= SHORT  # else it is a solution, or none
-    lead = reply[-len(answer) - 1 : -len(answer)]  # "x = 4" is 4, and "-4" is not
-    same = bool(answer) and reply[-len(answer) :] == answer and (not lead or lead[0] in ("=", "is"))
+    brief = 0 < sum(map(str.isalnum, said := words_of(own))) <= SHORT  # else a solution, or none
+    lead = said[-len(answer) - 1 : -len(answer)]  # "x = 4" is 4, and "-4" is not
+    same = bool(answer) and said[-len(answer) :] == answer and lead in ([], ["="], ["is"])
     negated = sum(map(NEGATIONS.count, a)) != sum(map(NEGATIONS.count, b))
     choices = bare != row["instruction"].strip()
     inside = f" {' '.join(b)} " in f" {' '.join(a)} " or f" {' '.join(a)} " in f" {' '.join(b)} "
     why = difference(bare, question.text)
-    replies = f"answers: {own:.60} / {question.answer:.60}"
+    replies = " ".join(f"answers: {own:.60} / {question.answer:.60}".split())
     if a == b and (numeric or same or not (choices or generic)):
         return "duplicate", why
     if inside and a != b and not generic and (same or not brief):
@@ -753,9 +737,8 @@ def classify(
             return "not-a-leak", f"same subject, another calculation; {why}"
         if same and not negated or (not brief and wording >= 0.9):
             return "duplicate", f"same numbers{' and answer' * same}; {why}"
-        return (
-            "similar-but-different" if brief else "gray-area"
-        ), f"same numbers, {replies}; {why}"
+        kind = "similar-but-different" if brief else "gray-area"
+        return kind, f"same numbers, {replies}; {why}"
     if same and wording >= 0.9 and not (negated or generic):
         return "duplicate", f"same answer; {why}"
     if fact >= FACT and not negated:
@@ -771,17 +754,15 @@ def classify(
 def read_rows(path: Path) -> list[Row]:
     """A training set's rows; those of other origin get an id from their content."""
     rows = read_jsonl(path, {"instruction": str, "input": str, "output": str})
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, 1):
         if not all(isinstance(row.get(name, ""), str) for name in ("id", "source")):
-            raise UserError(f"{path}: row {number + 1} has an id or a source that is not text")
+            raise UserError(f"{path}: row {number} has an id or a source that is not text")
     foreign = [row for row in rows if "id" not in row]
     for row in foreign:
-        row.update({"source": row.get("source", path.stem), "origin": row.get("origin", path.name)})
+        row |= {"source": row.get("source", path.stem), "origin": path.name}
     add_ids(foreign)
     repeated = [i for i, count in Counter(row["id"] for row in rows).items() if count > 1]
-    if repeated or not rows:
-        what = f"id {repeated[0]!r} stands on several lines" if repeated else "no rows"
-        raise UserError(f"{path}: {what}")
+    refuse({f"{path}: repeated ids {repeated[:3]}": repeated, f"{path}: no rows": not rows})
     return rows
 
 
@@ -797,32 +778,10 @@ def check(args: argparse.Namespace, started: float) -> None:
         write_file(args.out / "pairs.jsonl", to_jsonl(pairs))
         benchmarks = Counter(q.test_id.rpartition("/")[0] for q in questions)
         counts = {"rows": len(rows), "pairs": len(pairs), "test_questions": benchmarks}
-        extra = [Path(file) for file in args.extra_benchmark.values()]
-        extra += [args.against] if args.against else []
-        inputs = [args.dataset, *extra, *local_inputs(args)]
+        files = filter(None, [args.dataset, args.against, *args.extra_benchmark.values()])
+        inputs = [*map(Path, files), *local_inputs(args)]
         finish_run(args, inputs, started, counts=counts, embedding=embedder.about)
         apply(args, time.monotonic())
-
-
-def local_inputs(args: argparse.Namespace) -> list[Path]:
-    """The benchmark files below --local, for run.json."""
-    folders = [args.local / name for name in args.benchmarks] if args.local else []
-    return sorted(p for folder in folders for p in folder.rglob("*") if p.is_file())
-
-
-def removed_ids(
-    pairs: list[Row], decisions: dict[str, Row], remove: Iterable[str] = REMOVE
-) -> dict[str, list[Row]]:
-    """The rows that go -> why: [{"pair_id", "verdict"}] of their pairs with a verdict in `remove`.
-
-    pairs: lines of pairs.jsonl; decisions: read_decisions(); a pair without one is "undecided".
-    """
-    gone = defaultdict(list)
-    for pair in pairs:
-        verdict = decisions.get(pair["pair_id"], {}).get("verdict", "undecided")
-        if verdict in remove:
-            gone[pair["train_id"]].append({"pair_id": pair["pair_id"], "verdict": verdict})
-    return dict(gone)
 
 
 def apply(args: argparse.Namespace, started: float) -> None:
@@ -831,8 +790,7 @@ def apply(args: argparse.Namespace, started: float) -> None:
     dataset = Path(str(run["settings"].get("dataset")))
     rows = read_rows(check_input(dataset, "the data set that was checked"))
     if run["inputs"].get(str(dataset), {}).get("sha256") != sha256_of(dataset):
-        again = "python check_contamination.py --overwrite"
-        raise UserError(f"{dataset} changed since it was checked: {again}")
+        raise UserError(f"{dataset} changed since it was checked: check it with --overwrite")
     pairs = read_jsonl(check_unchanged(args.out / "pairs.jsonl"), PAIR)
     decisions = read_decisions(log)
     gone = removed_ids(pairs, decisions, args.remove)
@@ -844,9 +802,9 @@ def apply(args: argparse.Namespace, started: float) -> None:
         for table in tables.values()
         if table
     )
-    undecided = [pair["pair_id"] for pair in pairs if pair["pair_id"] not in decisions]
-    stale = sorted(decisions.keys() - {pair["pair_id"] for pair in pairs})
-    write_file(args.out / "clean.jsonl", to_jsonl(clean))
+    ids = {pair["pair_id"] for pair in pairs}
+    undecided, stale = sorted(ids - decisions.keys()), sorted(decisions.keys() - ids)
+    write_file(out := args.out / "clean.jsonl", to_jsonl(clean))
     write_file(args.out / "removed.jsonl", to_jsonl(removed))
     write_file(args.out / "table.md", text + "\n")
     counts = {"clean": len(clean), "removed": len(removed), "undecided_pairs": len(undecided)}
@@ -854,21 +812,12 @@ def apply(args: argparse.Namespace, started: float) -> None:
     about["decisions_sha256"] = sha256_of(log) if log.exists() else None
     inputs = [dataset, args.out / "pairs.jsonl", args.out / "run.json"]
     finish_run(args, inputs, started, name="apply.json", counts=counts, **about)
-    print(text)
-    print(f"\n{len(pairs):,} pairs, {len(undecided):,} undecided{some(undecided)}")
-    if stale:
-        print(f"{len(stale):,} verdicts are of pairs that are no longer there{some(stale)}")
-    print(f"to review: python tui.py {args.out}")
-    print(
-        f"wrote {args.out}/clean.jsonl: {len(clean):,} of {len(rows):,} rows. "
-        f"Next: python finetune.py --data {args.out}/clean.jsonl"
-    )
-
-
-def some(ids: list[str]) -> str:
-    """The first few ids in brackets; all are in apply.json."""
-    more = ", ... (all in apply.json)" if len(ids) > 3 else ""
-    return f" ({', '.join(ids[:3])}{more})" if ids else ""
+    print(f"{text}\n\n{len(pairs):,} pairs; to review them: python tui.py {args.out}")
+    for name, found in (("undecided pairs", undecided), ("verdicts of former pairs", stale)):
+        shown = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
+        print(f"{len(found):,} {name} ({shown}; all in apply.json)" if found else f"0 {name}")
+    print(f"wrote {out}: {len(clean):,} of {len(rows):,} rows. Next:")
+    print(f"python finetune.py --data {out}")
 
 
 def leak_tables(
@@ -876,42 +825,36 @@ def leak_tables(
 ) -> dict[str, list[Row]]:
     """Leaks per source beside the paper's Table 1, per source x benchmark, and per subject.
 
-    Of each: pairs; rows and test questions in them; test questions of pairs that are suggested and
-    that were decided duplicate (the latter is what the paper counts); undecided pairs. `asked`:
+    Of each: pairs; rows and test questions in them; test questions of pairs that are suggested
+    duplicate ("duplicate?") and were decided so (what the paper counts); undecided pairs. `asked`:
     benchmark/subject -> how many test questions it has.
     """
 
     def line(chosen: list[Row]) -> Row:
         verdicts = [decisions.get(p["pair_id"], {}).get("verdict") for p in chosen]
-        decided = {p["test_id"] for p, v in zip(chosen, verdicts, strict=True) if v == "duplicate"}
-        suggested = {p["test_id"] for p in chosen if p["suggested"] == "duplicate"}
-        return {
-            "pairs": len(chosen),
-            "rows": len({p["train_id"] for p in chosen}),
-            "test questions": len({p["test_id"] for p in chosen}),
-            "duplicate?": len(suggested),
-            "duplicate": len(decided),
-            "undecided": verdicts.count(None),
-        }
+        guesses = [p.get("suggested") for p in chosen]
+        counts = {"pairs": len(chosen)}
+        for column, key in (("rows", "train_id"), ("test questions", "test_id")):
+            counts[column] = len({p[key] for p in chosen})
+        for column, found in (("duplicate?", guesses), ("duplicate", verdicts)):
+            tests = zip(chosen, found, strict=True)
+            counts[column] = len({p["test_id"] for p, kind in tests if kind == "duplicate"})
+        return {**counts, "undecided": verdicts.count(None)}
 
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for p in pairs:
-        for name in (p["source"], f"{p['source']} x {p['benchmark']}"):
-            groups[name].append(p)
-        groups[f"{p['benchmark']}/{p['subject']}"].append(p)
-    sizes = Counter(row.get("source", "") for row in rows)
-    crossed = sorted({f"{p['source']} x {p['benchmark']}" for p in pairs})
-    subjects = sorted({f"{p['benchmark']}/{p['subject']}" for p in pairs})
-    return {
-        "sources": [
-            {"source": name, "of": size, **line(groups[name]), "paper": PAPER_LEAKS.get(name, 0)}
-            for name, size in sorted(sizes.items())
-        ],
-        "benchmarks": [{"source x benchmark": name, **line(groups[name])} for name in crossed],
-        "subjects": [
-            {"subject": name, "of": asked.get(name, ""), **line(groups[name])} for name in subjects
-        ],
-    }
+    sizes = {"source": Counter(row.get("source", "") for row in rows), "subject": asked}
+    forms = {"source": "{source}", "source x benchmark": "{source} x {benchmark}"}
+    tables = {}
+    for title, form in {**forms, "subject": "{benchmark}/{subject}"}.items():
+        groups: dict[str, list[Row]] = {name: [] for name in sizes["source"] if title == "source"}
+        for pair in pairs:
+            groups.setdefault(form.format(**pair), []).append(pair)
+        tables[title] = [
+            {title: name, "of": sizes.get(title, {}).get(name, ""), **line(groups[name])}
+            for name in sorted(groups)
+        ]
+    for row in tables["source"]:
+        row["paper"] = PAPER_LEAKS.get(row["source"], 0)
+    return tables
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -919,8 +862,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
     if args.command == "check":
-        check(args, started)
-        return
+        return check(args, started)
     if not (args.out / "run.json").exists():  # before the folder is touched
         raise UserError(f"{args.out} has no pairs yet; find them: python check_contamination.py")
     with output_folder(args.out, overwrite=True, keep_run=True):
