@@ -382,22 +382,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     do = "check: find pairs, then apply (default); apply: write the clean set from the verdicts"
     parser.add_argument("command", nargs="?", choices=("check", "apply"), default="check", help=do)
     add = parser.add_argument_group("data").add_argument
-    dataset = Path("out/dataset/dataset.jsonl")
-    add("--dataset", type=Path, default=dataset, metavar="FILE", help="default: %(default)s")
+    add("--dataset", type=Path, default="out/dataset/dataset.jsonl", help="default: %(default)s")
     add("--benchmarks", metavar="a,b", help=f"default: {','.join(HUB)}; none with --against")
     add("--local", type=Path, metavar="DIR", help="read DIR/<benchmark>/ (default: the hub)")
     extra = "rows of question, choices, answer to protect too (repeatable)"
     add("--extra-benchmark", action="append", default=[], metavar="NAME=FILE", help=extra)
     against = "another training set, in instruction, input, output: find what both have"
     add("--against", type=Path, metavar="FILE", help=against)
-    remove = "rows with a pair of these verdicts go (default: %(default)s)"
-    add("--remove", default=",".join(REMOVE), metavar="a,b", help=remove)
+    add("--remove", default=",".join(REMOVE), metavar="a,b", help="verdicts that go (%(default)s)")
     add = parser.add_argument_group("detection").add_argument
-    threshold = "default and paper: %(default)s; pairs from this cosine up"
-    add("--cosine-threshold", type=float, default=COSINE_THRESHOLD, metavar="X", help=threshold)
+    add("--cosine-threshold", type=float, default=COSINE_THRESHOLD, help="and paper: %(default)s")
+    add("--embedding-model", default=EMBEDDING_MODEL, help="default and paper: %(default)s")
     paper = "compare test questions with their lettered choices, as published (default: without)"
     add("--paper", action=argparse.BooleanOptionalAction, default=False, help=paper)
-    add("--embedding-model", default=EMBEDDING_MODEL, help="default and paper: %(default)s")
     add("--cache", type=Path, default=CACHE, help="of embeddings (default: %(default)s)")
     args = parser.parse_args(argv)
     default = "" if args.against else ",".join(HUB)
@@ -405,22 +402,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.benchmarks, args.remove = list(filter(None, wanted.split(","))), args.remove.split(",")
     extra, x = [item.partition("=")[::2] for item in args.extra_benchmark], args.cosine_threshold
     args.extra_benchmark, names = dict(extra), [name for name, _ in extra]
-    files = filter(None, [args.against, *(file or "''" for _, file in extra)])
+    files = [file for file in (args.against, *args.extra_benchmark.values()) if file is not None]
+    missing = [str(file) for file in files if not Path(file).is_file()]
     taken = [n for n in names if not n or n in HUB or "/" in n or names.count(n) > 1]
     unknown = [name for name in args.benchmarks if name not in HUB]
-    missing = [str(file) for file in files if not Path(file).is_file()]
     classes = [name for name in args.remove if name not in (*VERDICTS, "undecided")]
-    refuse(
-        {
-            f"--benchmarks: {', '.join(unknown)} is none of {', '.join(HUB)}": unknown,
-            f"--extra-benchmark: {taken} cannot be names: known, given twice, or with a /": taken,
-            f"no such file: {', '.join(missing)}": missing,
-            "no benchmark: name one": not (args.benchmarks or extra or args.against),
-            f"--remove: {', '.join(classes)} is none of {', '.join(VERDICTS)}, undecided": classes,
-            f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
-            f"--cosine-threshold {x} is not above 0 and at most 1": not 0 < x <= 1,
-        }
-    )
+    wrong = {
+        f"--benchmarks: {', '.join(unknown)} is none of {', '.join(HUB)}": unknown,
+        f"--extra-benchmark: {taken} cannot be names: known, given twice, or with a /": taken,
+        f"no such file: {', '.join(missing)}": missing,
+        "no benchmark: name one": not (args.benchmarks or extra or args.against),
+        f"--remove: {', '.join(classes)} is none of {', '.join(VERDICTS)}, undecided": classes,
+        f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
+        f"--cosine-threshold {x} is not above 0 and at most 1": not 0 < x <= 1,
+    }
+    refuse(wrong)
     return args
 
 
