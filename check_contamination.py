@@ -76,7 +76,7 @@ PAIR = dict.fromkeys(("pair_id", "train_id", "source", "benchmark", "subject", "
 # Detection: measured by benchmarks/contamination_quality.py
 CANDIDATE = 0.6  # from this cosine up the words of two texts may confirm that they are one question
 CONFIRMED, CONFIRMED_WORDS = 1.0, 1.2  # cosine + share of the words, with and without numbers
-GENERIC = 12.0  # nats that parts of two texts must share: "which of the following is true" has 9
+GENERIC = 1.1  # unique words' worth that parts must share; "which of the following is true" has .8
 WHOLE = ("question", "instruction", "question with choices")
 LETTERED = re.compile(r"\n\s*\(?A[:.)]\s")  # where a training question's lettered choices begin
 NAME = re.compile(r"(?<=\w[\s,;])[A-Z][a-z]+")  # proper names: capitals within a sentence
@@ -472,15 +472,16 @@ def content_of(text: str) -> tuple[frozenset[str], Counter[str], frozenset[str]]
 
 
 class Rarity:
-    """Weighs words by how few of `texts` have them: ln(texts / texts with the word), in nats."""
+    """Weighs words by how few of `texts` have them: 1 for a word that is in one text only."""
 
     def __init__(self, texts: list[str]) -> None:
         self.counts = Counter(word for text in texts for word in content_of(text)[0])
         self.total = len(texts)
 
     def of(self, words: frozenset[str]) -> float:
-        """The information in a set of words, in nats."""
-        return sum(math.log((self.total + 1) / (self.counts[word] + 0.5)) for word in words)
+        """The information in a set of words, in words that are in one text only."""
+        parts = (math.log((self.total + 1) / (self.counts[word] + 0.5)) for word in words)
+        return sum(parts) / math.log(self.total + 2)
 
     def confirms(self, a: str, b: str, cosine: float) -> bool:
         """Whether words and numbers say that two texts of a lower cosine are one question.
@@ -859,8 +860,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.command == "check":
         return check(args, started)
-    if not (args.out / "run.json").exists():  # before the folder is touched
+    if not (args.out / "run.json").exists():
         raise UserError(f"{args.out} has no pairs yet; find them: python check_contamination.py")
+    read_run(args.out / "run.json")  # before the folder is touched
     with output_folder(args.out, overwrite=True, keep_run=True):
         apply(args, started)
 
