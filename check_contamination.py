@@ -391,7 +391,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--against", type=Path, metavar="FILE", help=against)
     add("--remove", default=",".join(REMOVE), metavar="a,b", help="verdicts that go (%(default)s)")
     add = parser.add_argument_group("detection").add_argument
-    add("--cosine-threshold", type=float, default=COSINE_THRESHOLD, help="and paper: %(default)s")
+    add("--cosine-threshold", type=float, default=COSINE_THRESHOLD, help="paper: %(default)s")
     add("--embedding-model", default=EMBEDDING_MODEL, help="default and paper: %(default)s")
     paper = "compare test questions with their lettered choices, as published (default: without)"
     add("--paper", action=argparse.BooleanOptionalAction, default=False, help=paper)
@@ -838,15 +838,16 @@ def leak_tables(
             counts[column] = len({p["test_id"] for p, kind in tests if kind == "duplicate"})
         return {**counts, "undecided": verdicts.count(None)}
 
-    sizes = {"source": Counter(row.get("source", "") for row in rows), "subject": asked}
+    sources = Counter(row.get("source", "") for row in rows)
     forms = {"source": "{source}", "source x benchmark": "{source} x {benchmark}"}
     tables = {}
     for title, form in {**forms, "subject": "{benchmark}/{subject}"}.items():
-        groups: dict[str, list[Row]] = {name: [] for name in sizes["source"] if title == "source"}
+        size = {"source": sources, "subject": asked}.get(title, {})
+        groups: dict[str, list[Row]] = {name: [] for name in sources if title == "source"}
         for pair in pairs:
             groups.setdefault(form.format(**pair), []).append(pair)
         tables[title] = [
-            {title: name, "of": sizes.get(title, {}).get(name, ""), **line(groups[name])}
+            {title: name, **({"of": size.get(name, "")} if size else {}), **line(groups[name])}
             for name in sorted(groups)
         ]
     for row in tables["source"]:
