@@ -73,7 +73,18 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(print("interrupted: no output was finished", file=sys.stderr) or 130)
     except (UserError, OSError, sqlite3.Error) as error:  # the latter two: a full disk, no rights
-        sys.exit(print("error:", *str(error).split("\n"), file=sys.stderr) or 2)
+        sys.exit(print(f"error: {one_line(error)}", file=sys.stderr) or 2)
+
+
+def one_line(error: Exception) -> str:
+    """An error's text on one line of at most 500 characters, whatever data is in it.
+
+    >>> one_line(ValueError("line 3:\\n\\x1b[2J"))
+    'line 3: \\\\x1b[2J'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= 500 else text[:250] + " ... " + text[-250:]
 
 
 class Parser(argparse.ArgumentParser):
@@ -167,11 +178,22 @@ def read_records(path: Path) -> Iterator[tuple[str, Any, str]]:
                     yield f"{path.name}:{number}", None, str(error)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
+
+
 def write_file(path: Path, text: str) -> None:
     """Write `text` so that `path` holds all of it or what it held before, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -592,7 +614,7 @@ def raw_rows(
     theorems = {}
     if name == "theoremqa" and files and (path := files[0].with_name(THEOREMS)).exists():
         plain = re.compile(r"[^a-z0-9]")  # names differ in case and hyphens
-        theorems = {plain.sub("", k.lower()): v for k, v in json.loads(path.read_bytes()).items()}
+        theorems = {plain.sub("", k.lower()): v for k, v in read_json(path).items()}
     for path in files:
         for place, raw, error in read_records(path):
             if theorems and isinstance(raw, dict) and isinstance(raw.get("theorem"), str):
@@ -668,7 +690,8 @@ def read_source(name: str, args: argparse.Namespace) -> tuple[list[Row], list[Ro
             dropped.append({"source": name, "origin": where, "reason": reason, "detail": detail})
     if dropped and not rows and {row["reason"] for row in dropped} == {"invalid"}:
         came = ", ".join(raw) if isinstance(raw, dict) else "no object"
-        raise UserError(f"source {name}: no row of {len(dropped)} converts: {detail}; came: {came}")
+        what = f"no row of {len(dropped)} converts, the last, {place}: {detail}; came: {came}"
+        raise UserError(f"source {name}: {what}")
     return rows, dropped, files
 
 
