@@ -54,6 +54,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 CHUNK = 256  # texts embedded between two commits of the cache: a kill loses at most these
 BLOCK, BLOCK_COLUMNS = 1024, 8192  # one block of cosines: 1,024 x 8,192 x 4 bytes = 32 MB
 UNFINISHED = ".unfinished"  # in an output folder from its first write until run.json stands there
+STANDING: dict[Path, dict[Path, tuple[int, int, int]]] = {}  # by output_folder(): what was there
 PACKAGES = ("torch", "transformers", "peft", "datasets", "sentence-transformers", "lm_eval")
 
 
@@ -73,7 +74,18 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(print("interrupted: no output was finished", file=sys.stderr) or 130)
     except (UserError, OSError, sqlite3.Error) as error:  # the latter two: a full disk, no rights
-        sys.exit(print("error:", *str(error).split("\n"), file=sys.stderr) or 2)
+        sys.exit(print(f"error: {one_line(error)}", file=sys.stderr) or 2)
+
+
+def one_line(error: Exception) -> str:
+    """An error's text on one line of at most 500 characters, whatever data is in it.
+
+    >>> one_line(ValueError("line 3:\\n\\x1b[2J"))
+    'line 3: \\\\x1b[2J'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= 500 else text[:250] + " ... " + text[-250:]
 
 
 class Parser(argparse.ArgumentParser):
@@ -167,11 +179,25 @@ def read_records(path: Path) -> Iterator[tuple[str, Any, str]]:
                     yield f"{path.name}:{number}", None, str(error)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
+
+
 def write_file(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or what it held before, even after a crash."""
+    """Write `text` so that `path` holds all of it or what it held before, even after a crash.
+
+    Half a surrogate pair, which UTF-8 cannot hold, is written as its JSON escape.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -207,6 +233,12 @@ def step_of(out: Path) -> str | None:
     return None
 
 
+def version(path: Path) -> tuple[int, int, int]:
+    """What tells whether a file was written anew, without trust in the clock."""
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
 @contextmanager
 def output_folder(out: Path, overwrite: bool, keep_run: bool = False) -> Iterator[None]:
     """Hold `out` as this process's unfinished output folder; finish_run() ends that state.
@@ -236,28 +268,46 @@ def output_folder(out: Path, overwrite: bool, keep_run: bool = False) -> Iterato
             old.unlink(missing_ok=True)
         for left in out.glob(".*.tmp"):  # by a process of ours that was killed
             left.unlink()
+        STANDING[out] = {path: version(path) for path in out.rglob("*")}
         yield
         (out / UNFINISHED).unlink()
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """The sha256 of a file and, where it is .jsonl, its rows."""
+    rows = {"rows": path.read_bytes().count(b"\n")} if path.suffix == ".jsonl" else {}
+    return {"sha256": sha256_of(path), **rows}
+
+
+def describe_inputs(paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """What run.json says of its inputs; to be asked before they are read."""
+    return {str(path): describe(path) for path in paths}
+
+
+def check_unchanged(inputs: dict[str, dict[str, Any]]) -> None:
+    """Refuse inputs that changed since describe_inputs(): nobody knows what was read of them."""
+    for path, about in inputs.items():
+        if not Path(path).is_file() or describe(Path(path)) != about:
+            raise UserError(f"{path} changed while it was read: run the command again")
+
+
 def finish_run(
-    args: argparse.Namespace, inputs: list[Path], start: float, name: str = "run.json", **more: Any
+    args: argparse.Namespace,
+    inputs: dict[str, dict[str, Any]] | list[Path],
+    start: float,
+    name: str = "run.json",
+    **more: Any,
 ) -> None:
     """Write run.json (or `name`), the last of a step's files.
 
-    `inputs` are files, outputs all files of args.out that were written since output_folder();
-    `start` is time.monotonic() at its begin; `more` is what the step wants remembered besides.
+    `inputs` is what describe_inputs() said before they were read; outputs are all files of
+    args.out that were written since output_folder(); `start` is time.monotonic() at its begin;
+    `more` is what the step wants remembered besides.
     """
-    mark = args.out / UNFINISHED
-
-    def describe(path: Path) -> dict[str, Any]:
-        rows = {"rows": path.read_bytes().count(b"\n")} if path.suffix == ".jsonl" else {}
-        return {"sha256": sha256_of(path), **rows}
-
     apart = {UNFINISHED, "run.json", "apply.json", "decisions.jsonl"}
     files = (path for path in args.out.rglob("*") if path.is_file() and path.name not in apart)
-    began = mark.stat().st_mtime_ns
-    outputs = sorted(path for path in files if path.stat().st_mtime_ns >= began)
+    standing = STANDING[args.out]
+    outputs = sorted(path for path in files if version(path) != standing.get(path))
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     installed = [p for p in PACKAGES if util.find_spec(p.replace("-", "_"))]
     run = {
@@ -269,7 +319,7 @@ def finish_run(
         "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "python": sys.version.split()[0],
         "packages": {package: metadata.version(package) for package in installed},
-        "inputs": {str(path): describe(path) for path in inputs},
+        "inputs": describe_inputs(inputs) if isinstance(inputs, list) else inputs,
         "outputs": {str(path.relative_to(args.out)): describe(path) for path in outputs},
         **more,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -592,7 +642,7 @@ def raw_rows(
     theorems = {}
     if name == "theoremqa" and files and (path := files[0].with_name(THEOREMS)).exists():
         plain = re.compile(r"[^a-z0-9]")  # names differ in case and hyphens
-        theorems = {plain.sub("", k.lower()): v for k, v in json.loads(path.read_bytes()).items()}
+        theorems = {plain.sub("", k.lower()): v for k, v in read_json(path).items()}
     for path in files:
         for place, raw, error in read_records(path):
             if theorems and isinstance(raw, dict) and isinstance(raw.get("theorem"), str):
@@ -644,14 +694,15 @@ def to_row(raw: Any, about: dict[str, Any], args: argparse.Namespace) -> tuple[R
     return row | {"licence": about["licence"], "generated": about.get("generated", False)}, keywords
 
 
-def read_source(name: str, args: argparse.Namespace) -> tuple[list[Row], list[Row], list[Path]]:
-    """One source's (rows, dropped rows, files); a kept row lists its keywords under "keywords"."""
+def read_source(name: str, args: argparse.Namespace) -> tuple[list[Row], list[Row], dict[str, Row]]:
+    """One source's (rows, dropped rows, inputs); a kept row lists its keywords under "keywords"."""
     sources = load_sources()
     about = dict(sources["extra" if name in args.extra else name])
     about["converter"] = make_converter(about)
     words = "|".join(sources["keywords"]["words"])
     about["keyword"] = re.compile(rf"\b({words})\b", re.IGNORECASE)
     files = local_files(name, about, args)
+    inputs = describe_inputs(files)
     rows, dropped = [], []
     raws = raw_rows(name, about, files, args.include_test_splits)
     for place, raw, error in itertools.islice(raws, args.limit):
@@ -668,8 +719,10 @@ def read_source(name: str, args: argparse.Namespace) -> tuple[list[Row], list[Ro
             dropped.append({"source": name, "origin": where, "reason": reason, "detail": detail})
     if dropped and not rows and {row["reason"] for row in dropped} == {"invalid"}:
         came = ", ".join(raw) if isinstance(raw, dict) else "no object"
-        raise UserError(f"source {name}: no row of {len(dropped)} converts: {detail}; came: {came}")
-    return rows, dropped, files
+        what = f"no row of {len(dropped)} converts, the last, {place}: {detail}; came: {came}"
+        raise UserError(f"source {name}: {what}")
+    check_unchanged(inputs)
+    return rows, dropped, inputs
 
 
 def origin(place: str, raw: Row) -> str:
@@ -818,8 +871,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_output(args.out, args.overwrite, *map(Path, args.extra.values()))
     names = [*args.sources, *args.extra]
-    parts = [read_source(name, args) for name in names]
-    rows, dropped, files = (list(itertools.chain(*column)) for column in zip(*parts, strict=True))
+    rows, dropped, inputs = [], [], describe_inputs([SOURCES])
+    for name in names:
+        good, bad, files = read_source(name, args)
+        rows, dropped, inputs = rows + good, dropped + bad, inputs | files
     read = len(rows) + len(dropped)
     add_ids(rows)
     add_ids(dropped)
@@ -837,7 +892,7 @@ def main(argv: list[str] | None = None) -> None:
         dropped.sort(key=lambda row: (row["source"], row["id"]))
         write_file(args.out / "dropped.jsonl", to_jsonl(dropped))
         counts = {"read": read, "kept": len(rows), "sources": table, "keywords": keywords}
-        finish_run(args, [SOURCES, *files], started, counts=counts, embedding=embedder.about)
+        finish_run(args, inputs, started, counts=counts, embedding=embedder.about)
     from tabulate import tabulate
 
     print(tabulate(table, "keys", "pipe", intfmt=","))
