@@ -487,12 +487,13 @@ class Rarity:
         """Whether words and numbers say that two texts of a lower cosine are one question.
 
         The share of their information that is in both (Dice's coefficient) is added to the cosine.
-        Two thirds of the numbers have to be in both, and a name; without numbers more words.
+        Two thirds of the numbers, half of the names must be in both; without numbers more words.
         """
         (words_a, numbers_a, names_a), (words_b, numbers_b, names_b) = content_of(a), content_of(b)
         shared, total = (numbers_a & numbers_b).total(), (numbers_a | numbers_b).total()
         both = self.of(words_a) + self.of(words_b)
-        if 3 * shared < 2 * total or not both or (names_a and names_b and not names_a & names_b):
+        unnamed = 2 * len(names_a & names_b) < min(len(names_a), len(names_b))
+        if 3 * shared < 2 * total or not both or unnamed:
             return False
         agreement = 2 * self.of(words_a & words_b) / both
         return cosine + agreement >= (CONFIRMED if shared else CONFIRMED_WORDS)
