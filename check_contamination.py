@@ -45,6 +45,8 @@ from build_dataset import (
     UserError,
     add_ids,
     check_output,
+    check_unchanged,
+    describe_inputs,
     finish_run,
     first_line,
     hub_fault,
@@ -145,7 +147,7 @@ def read_run(path: Path) -> Row:
     raise UserError(f"{path} is not what a finished step wrote: run that step again")
 
 
-def check_unchanged(path: Path) -> Path:
+def check_listed(path: Path) -> Path:
     """Return a finished step's output, which must be the very file that its run.json lists."""
     run = path.parent / "run.json"
     about = read_run(run)["outputs"].get(path.name, {}) if run.exists() else {}
@@ -767,17 +769,17 @@ def read_rows(path: Path) -> list[Row]:
 def check(args: argparse.Namespace, started: float) -> None:
     """Write pairs.jsonl and run.json."""
     check_output(args.out, args.overwrite, args.dataset)
-    mend = "write it with: python build_dataset.py"
-    rows = read_rows(check_unchanged(check_input(args.dataset, mend)))
-    questions = load_questions(args)
+    check_listed(check_input(args.dataset, "write it with: python build_dataset.py"))
+    files = filter(None, [args.dataset, args.against, *args.extra_benchmark.values()])
+    inputs = describe_inputs([*map(Path, files), *local_inputs(args)])
+    rows, questions = read_rows(args.dataset), load_questions(args)
+    check_unchanged(inputs)
     embedder = Embedder(args.embedding_model, args.cache, args.device)
     pairs = find_pairs(rows, questions, embedder, args.cosine_threshold, args.paper)
     with output_folder(args.out, args.overwrite):
         write_file(args.out / "pairs.jsonl", to_jsonl(pairs))
         benchmarks = Counter(q.test_id.rpartition("/")[0] for q in questions)
         counts = {"rows": len(rows), "pairs": len(pairs), "test_questions": benchmarks}
-        files = filter(None, [args.dataset, args.against, *args.extra_benchmark.values()])
-        inputs = [*map(Path, files), *local_inputs(args)]
         finish_run(args, inputs, started, counts=counts, embedding=embedder.about)
         apply(args, time.monotonic())
 
@@ -786,10 +788,12 @@ def apply(args: argparse.Namespace, started: float) -> None:
     """Write the clean set: by default a flagged row stays if all its pairs are not-a-leak."""
     run, log = read_run(args.out / "run.json"), args.out / "decisions.jsonl"
     dataset = Path(str(run["settings"].get("dataset")))
-    rows = read_rows(check_input(dataset, "the data set that was checked"))
-    if run["inputs"].get(str(dataset), {}).get("sha256") != sha256_of(dataset):
+    check_input(dataset, "the data set that was checked")
+    files = [args.out / "pairs.jsonl", args.out / "run.json"]
+    inputs = describe_inputs([dataset, *map(check_listed, files)])
+    if run["inputs"].get(str(dataset), {}).get("sha256") != inputs[str(dataset)]["sha256"]:
         raise UserError(f"{dataset} changed since it was checked: check it with --overwrite")
-    pairs = read_jsonl(check_unchanged(args.out / "pairs.jsonl"), PAIR)
+    rows, pairs = read_rows(dataset), read_jsonl(files[0], PAIR)
     decisions = read_decisions(log)
     gone = removed_ids(pairs, decisions, args.remove)
     clean = [row for row in rows if row["id"] not in gone]
@@ -808,7 +812,6 @@ def apply(args: argparse.Namespace, started: float) -> None:
     counts = {"clean": len(clean), "removed": len(removed), "undecided_pairs": len(undecided)}
     about = {"undecided": undecided, "stale": stale, "tables": tables}
     about["decisions_sha256"] = sha256_of(log) if log.exists() else None
-    inputs = [dataset, args.out / "pairs.jsonl", args.out / "run.json"]
     finish_run(args, inputs, started, name="apply.json", counts=counts, **about)
     print(f"{text}\n\n{len(pairs):,} pairs; to review them: python tui.py {args.out}")
     for name, found in (("undecided pairs", undecided), ("verdicts of former pairs", stale)):
