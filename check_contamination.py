@@ -728,7 +728,7 @@ def classify(
         old, new = (", ".join(sorted(x)) or "none" for x in (ours - theirs, theirs - ours))
         return "similar-but-different", f"other numbers: {old:.40} -> {new:.40}; {why}"
     if order >= NEAR and a != b and not (generic and not numeric):
-        if not negated and (same or not brief or (answers >= 0.75 and not numeric)):
+        if not negated and (same or not brief or (answers >= 0.75 and all(map(str.isalpha, said)))):
             return "duplicate", f"nearly the same words{' and answer' * same}; {why}"
         if (negated or replaced >= GENERIC / 4 or fact < FACT) and (numeric or fact >= 0.45):
             return "similar-but-different", f"{replies}; {why}"

@@ -10,6 +10,7 @@
 3. MATH's training split against all four benchmarks: the duplicates, by how they were found.
 4. Suggested classes against 360 labelled pairs: confusion matrices of the half on which the rules
    were written (first digit of the pair id even) and of the other.
+5. Peak memory of the comparison by the number of random vectors that are compared with 50,000.
 
 --local DIR holds sources and benchmarks as in step 2, and rephrased/: pairs of files whose lines
 belong together. About 20 minutes on 2 cores with an empty cache, then 3.
@@ -21,7 +22,9 @@ import argparse
 import csv
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -230,16 +233,57 @@ def classes(local: Path, embedder: build.Embedder) -> None:
         print(check.markdown_table(["label \\ suggested", *check.VERDICTS], table))
 
 
+def compare_random(rows: int) -> None:
+    """Print the peak memory in MB of comparing `rows` random unit vectors with 50,000 others."""
+
+    class Random:
+        """An embedder of random vectors, in files as the real one's."""
+
+        scratch, cache_folder = build.Embedder.scratch, Path(tempfile.mkdtemp())
+
+        def __call__(self, texts: list[str]) -> np.ndarray:
+            vectors = self.scratch((len(texts), 384))
+            for start in range(0, len(texts), 1000):
+                seed = start + int(texts[0].startswith("a"))  # both sides' vectors differ
+                part = np.random.default_rng(seed).normal(size=vectors[start : start + 1000].shape)
+                vectors[start : start + 1000] = part / np.linalg.norm(part, axis=1, keepdims=True)
+            return vectors
+
+    ours, theirs = (
+        {f"{side}{n}": [] for n in range(k)} for side, k in (("a", rows), ("b", 50_000))
+    )
+    assert not list(check.detections(ours, theirs, Random(), check.CANDIDATE))
+    Random.cache_folder.rmdir()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 // 10**6)
+
+
+def memory(local: Path, embedder: build.Embedder) -> None:
+    """Peak memory by the number of pairs compared, each in a process of its own; Linux."""
+    table = []
+    for rows in (5_000, 20_000, 80_000):
+        command = [sys.executable, __file__, "--compare-random", str(rows)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        vectors = (rows + 50_000) * 384 * 4 // 10**6
+        table.append([rows, f"{rows * 50_000 / 1e9:.2f}", int(done.stdout.split()[-1]), vectors])
+    print("\nComparing with 50,000 vectors of 384 numbers; MB = 10^6 bytes\n")
+    heads = ["rows", "pairs compared (10^9)", "peak MB", "of these the vectors' files"]
+    print(check.markdown_table(heads, table))
+
+
 def main() -> None:
-    """Print the four tables, or those asked for."""
-    parts = {f.__name__: f for f in (detection, fidelity, duplicates, classes)}
+    """Print the five tables, or those asked for."""
+    parts = {f.__name__: f for f in (detection, fidelity, duplicates, classes, memory)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--local", type=Path, default=Path("raw"), help="default: %(default)s")
     parser.add_argument("--cache", type=Path, default=build.CACHE, help="default: %(default)s")
-    parser.add_argument("--only", choices=parts, action="append", help="default: all four")
+    parser.add_argument("--only", choices=parts, action="append", help="default: all five")
+    parser.add_argument("--compare-random", type=int, help=argparse.SUPPRESS)  # see memory()
     args = parser.parse_args()
+    if args.compare_random:
+        return compare_random(args.compare_random)
     embedder = build.Embedder(build.EMBEDDING_MODEL, args.cache)
     for name in args.only or parts:
         parts[name](args.local, embedder)
