@@ -770,8 +770,8 @@ def check(args: argparse.Namespace, started: float) -> None:
     """Write pairs.jsonl and run.json."""
     check_output(args.out, args.overwrite, args.dataset)
     check_listed(check_input(args.dataset, "write it with: python build_dataset.py"))
-    files = filter(None, [args.dataset, args.against, *args.extra_benchmark.values()])
-    inputs = describe_inputs([*map(Path, files), *local_inputs(args)])
+    files = map(Path, filter(None, [args.dataset, args.against, *args.extra_benchmark.values()]))
+    inputs = describe_inputs([*files, *local_inputs(args)])
     rows, questions = read_rows(args.dataset), load_questions(args)
     check_unchanged(inputs)
     embedder = Embedder(args.embedding_model, args.cache, args.device)
@@ -810,9 +810,9 @@ def apply(args: argparse.Namespace, started: float) -> None:
     write_file(args.out / "removed.jsonl", to_jsonl(removed))
     write_file(args.out / "table.md", text + "\n")
     counts = {"clean": len(clean), "removed": len(removed), "undecided_pairs": len(undecided)}
-    about = {"undecided": undecided, "stale": stale, "tables": tables}
-    about["decisions_sha256"] = sha256_of(log) if log.exists() else None
-    finish_run(args, inputs, started, name="apply.json", counts=counts, **about)
+    known = {"decisions_sha256": sha256_of(log) if log.exists() else None}
+    known |= {"undecided": undecided, "stale": stale, "tables": tables}
+    finish_run(args, inputs, started, name="apply.json", counts=counts, **known)
     print(f"{text}\n\n{len(pairs):,} pairs; to review them: python tui.py {args.out}")
     for name, found in (("undecided pairs", undecided), ("verdicts of former pairs", stale)):
         shown = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
