@@ -31,6 +31,7 @@ import tomllib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import metadata, util
 from pathlib import Path
@@ -255,6 +256,8 @@ def finish_run(
     outputs = sorted(path for path in files if path.stat().st_mtime_ns >= began)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     installed = [p for p in PACKAGES if util.find_spec(p.replace("-", "_"))]
+    with ThreadPoolExecutor() as pool:  # hashing sets the pace of steps that write whole models
+        known = dict(zip([*inputs, *outputs], pool.map(describe, [*inputs, *outputs]), strict=True))
     run = {
         "step": Path(sys.argv[0]).stem,
         "command": command_line(),
@@ -264,8 +267,8 @@ def finish_run(
         "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "python": sys.version.split()[0],
         "packages": {package: metadata.version(package) for package in installed},
-        "inputs": {str(path): describe(path) for path in inputs},
-        "outputs": {str(path.relative_to(args.out)): describe(path) for path in outputs},
+        "inputs": {str(path): known[path] for path in inputs},
+        "outputs": {str(path.relative_to(args.out)): known[path] for path in outputs},
         **more,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - start, 1),

@@ -9,13 +9,12 @@ tokenizer and shards, a model card (README.md) and run.json.
     python merge.py --adapter out/a --adapter out/b:0.5 --out out/both
     python merge.py --base-model other --foreign-base --partner-check out/other --out out/camel
 
-The model is never loaded: untouched tensors are copied, changed ones are read, summed and written
-in blocks of rows. Memory is a few blocks beside torch itself whatever the model's size, time a small
-multiple of copying the base (benchmarks/merge.py). One adapter of weight 1 gives the bits of PEFT's
+The model is never loaded: its tensors are read, changed where an adapter says so, and written in
+blocks of rows. Time: a small multiple of copying the base (benchmarks/merge.py); memory: some
+blocks beside torch, whatever the model's size. One adapter of weight 1 gives the bits of PEFT's
 merge_and_unload; several give the exact weighted sum of their changes, rounded once. Then sampled
 rows of every changed tensor are computed again, every other tensor is compared byte by byte, and
-only then does the folder get its name. target_parameters and other kinds of LoRA that are no
-W + scale * B @ A are refused by name.
+only then does the folder get its name. Kinds of LoRA that are not W + scale * B @ A are refused.
 """
 
 import argparse
@@ -31,43 +30,35 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from build_dataset import (
-    UNFINISHED,
-    UserError,
-    check_output,
-    finish_run,
-    first_line,
-    hub_fault,
-    make_parser,
-    output_folder,
-    refuse,
-    run_main,
-    sha256_of,
-    write_file,
-)
+import build_dataset as shared
+from build_dataset import UserError, check_output, output_folder, refuse
 from check_contamination import check_input, markdown_table, read_decisions, read_jsonl
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK_ELEMENTS = 1 << 20  # of a matrix in work at a time: 4 MB in float32
-SLAB_ELEMENTS = 1 << 22  # of whole columns in work at a time, where norms run down the columns
+BLOCK_ELEMENTS = 1 << 20  # of a tensor in work at a time: 4 MB in float32
 ROWS = 64  # blocks start at a multiple of this: BLAS sums in another order where B is unaligned
-COPY_BYTES = 1 << 22  # compared at a time
 SAMPLED = 4  # neighbouring rows computed again in each of three places of a changed tensor
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth")
-WEIGHT_FILES = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+OTHER_FILES = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")  # of weights
+EPS = {"F64": 2**-52, "F32": 2**-23, "F16": 2**-10, "BF16": 2**-7}  # from 1 to the next number
 HEADS = ("lm_head", "embed_out")  # transformers' names of the output layer ...
 ENDS = (*HEADS, "embed_tokens", "wte", "word_embeddings", "embed_in")  # ... and the embedding
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # store [in, out] matrices
 PREFIX = "base_model.model."  # PEFT's, before each key of an adapter
+FIELDS = {  # of adapter_config.json
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), bool),
+    **{"peft_type": str, "base_model_name_or_path": str, "r": int, "lora_alpha": (int, float)},
+    **{"rank_pattern": dict, "alpha_pattern": dict},
+}
 UNSUPPORTED = (  # PEFT's settings under which an adapter is more than W + scale * B @ A
     "target_parameters trainable_token_indices layer_replication alora_invocation_tokens use_qalora"
     " use_bdlora arrow_config velora_config kasa_config monteclora_config megatron_config"
@@ -82,31 +73,22 @@ class Stored(NamedTuple):
     """A tensor in a safetensors file, seen as a matrix: all dimensions but the first are one."""
 
     path: Path
+    name: str
     dtype: str  # safetensors' name of it
     shape: tuple[int, ...]
-    begin: int  # bytes from the file's start
-    end: int
-
-    def size(self) -> tuple[int, int]:
-        """(rows, columns)."""
-        return (self.shape or (1,))[0], math.prod(self.shape[1:])
 
     def read(self, rows: slice = slice(None)) -> "torch.Tensor":
         """These rows as stored: [len(rows), columns]."""
-        import torch
+        from safetensors import safe_open
 
-        count, columns = self.size()
-        top, bottom, _ = rows.indices(count)
-        block = torch.empty((bottom - top, columns), dtype=getattr(torch, FLOATS[self.dtype]))
-        with self.path.open("rb") as file:
-            file.seek(self.begin + top * columns * block.element_size())
-            file.readinto(block.view(torch.uint8).numpy())
-        return block
+        with safe_open(self.path, "pt") as file:  # maps the file: closed, it leaves no memory
+            part = file.get_slice(self.name)[rows] if self.shape else file.get_tensor(self.name)
+        return part.reshape(-1, math.prod(self.shape[1:]))
 
-    def blocks(self) -> Iterator[slice]:
-        """Its rows in blocks of about BLOCK_ELEMENTS that begin at a multiple of ROWS."""
-        rows, columns = self.size()
-        step = max(1, BLOCK_ELEMENTS // max(1, columns) // ROWS) * ROWS
+    def blocks(self, elements: int = 0) -> Iterator[slice]:
+        """Its rows in blocks of about `elements` numbers that begin at a multiple of ROWS."""
+        rows, columns = (self.shape or (1,))[0], math.prod(self.shape[1:]) or 1
+        step = max(1, (elements or BLOCK_ELEMENTS) // columns // ROWS) * ROWS
         return (slice(top, min(top + step, rows)) for top in range(0, rows, step))
 
 
@@ -117,7 +99,7 @@ class Part(NamedTuple):
     scale: float = 1.0
     a: Stored | None = None  # [rank, in_features]; of an embedding [rank, vocabulary]
     b: Stored | None = None  # [out_features, rank]; of an embedding [dimension, rank]
-    magnitude: Stored | None = None  # DoRA's: what the rows of W + scale * B @ A are scaled to
+    magnitude: Stored | None = None  # DoRA's: the norms that the rows of the sum are given
     saved: Stored | None = None  # trained whole: modules_to_save, biases, embeddings
     embedding: bool = False
     transposed: bool = False  # W has the shape of (B @ A).T: embeddings and Conv1D
@@ -153,31 +135,33 @@ class Plan:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this step; every impossible setting is named at once."""
-    parser = make_parser(__doc__, "out/merged")
+    parser = shared.make_parser(__doc__, "out/merged")
     add = parser.add_argument_group("models").add_argument
-    weight = "adapter folder, times WEIGHT (default 1); repeatable (default: out/adapter)"
-    add("--adapter", action="append", metavar="DIR[:WEIGHT]", help=weight)
-    base = "folder or hub id (default: the one that the adapter names)"
-    add("--base-model", metavar="MODEL", help=base)
-    nf4 = "add an adapter trained on NF4 to what NF4 made of the base (default: to the base)"
-    add("--dequantised-base", action="store_true", help=nf4)
+    text = "adapter folder, times WEIGHT (default 1); repeatable (default: out/adapter)"
+    add("--adapter", action="append", metavar="DIR[:WEIGHT]", help=text)
+    text = "folder or hub id (default: the one that the adapter names)"
+    add("--base-model", metavar="MODEL", help=text)
+    text = "add an adapter trained on NF4 to what NF4 made of the base (default: to the base)"
+    add("--dequantised-base", action="store_true", help=text)
     add = parser.add_argument_group("checks").add_argument
-    foreign = "merge into a model that the adapter was not trained on; prints a table of norms"
-    add("--foreign-base", action="store_true", help=foreign)
-    partner = "check_contamination.py's folder of the data that the other model was trained on"
-    add("--partner-check", type=Path, metavar="DIR", help=partner)
-    allow = "merge although pairs in --partner-check are not decided not-a-leak (paper: never)"
-    add("--allow-contaminated", action="store_true", help=allow)
-    logits = "compare the merged model's logits with base + adapter's (loads one at a time)"
-    add("--check-logits", action="store_true", help=logits)
+    text = "merge into a model that the adapter was not trained on; prints a table of norms"
+    add("--foreign-base", action="store_true", help=text)
+    text = "check_contamination.py's folder of the data that the other model was trained on"
+    add("--partner-check", type=Path, metavar="DIR", help=text)
+    text = "merge although pairs in --partner-check are not decided not-a-leak (paper: never)"
+    add("--allow-contaminated", action="store_true", help=text)
+    text = "compare the merged model's logits with base + adapter's (loads one at a time)"
+    add("--check-logits", action="store_true", help=text)
     args = parser.parse_args(argv)
     args.adapter = [split_weight(item) for item in args.adapter or ["out/adapter"]]
     alone = args.allow_contaminated and not args.partner_check
+    several = len(args.adapter) > 1 or args.adapter[0][1] != 1
     refuse(
         {
             "--limit does not apply: a merge is whole": args.limit,
             f"--device {args.device}: merging runs on the cpu": args.device not in (None, "cpu"),
             "--allow-contaminated does nothing without --partner-check": alone,
+            "--check-logits takes one adapter of weight 1": args.check_logits and several,
         }
     )
     return args
@@ -192,167 +176,118 @@ def split_weight(item: str) -> tuple[str, float]:
     folder, colon, weight = item.rpartition(":")
     if not colon or Path(item).is_dir():
         return item, 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value == 0:
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", weight)
+    if not number or not 0 < abs(float(weight)) < 1e6:
         raise UserError(f"--adapter {item}: the weight {weight!r} is not a number other than 0")
-    return folder, value
+    return folder, float(weight)
 
 
-# --- reading what others wrote --------------------------------------------------------------------
-
-
-def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
-    """A JSON object whose fields named in `kinds`, where not null, are of one of these types."""
+def read_json(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object whose `fields`, where there and not null, are of these types."""
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}, not an object")
-    for name, kind in kinds.items():
+    for name, kind in fields.items():
         value = data.get(name)
-        if value is not None and type(value) not in kind:  # not isinstance: True is no number
-            names = " or ".join(k.__name__ for k in kind)
-            raise UserError(f"{path}: {name} is {value!r:.60}, not of type {names}")
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        refuse({f"{path}: {name} cannot be {value!r:.60}": value is not None and not fits})
     return data
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, in the order of their bytes.
-
-    The format: 8 bytes with the header's length, the header as JSON, then the tensors' bytes.
-    """
+    """The tensors of a safetensors file by name, in the order of their bytes."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt"):  # checks types, sizes, gaps, and the file's length
-            pass
+        with safe_open(path, "np") as file:  # checks types, sizes, gaps, and the file's length
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            return {n: Stored(path, n, s.get_dtype(), (*s.get_shape(),)) for n, s in slices.items()}
     except SafetensorError as error:
         raise UserError(f"{path} is cut short or no safetensors file: {error}") from None
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = (8 + length + offset for offset in about["data_offsets"])
-        tensors[name] = Stored(path, about["dtype"], tuple(about["shape"]), begin, end)
-    return tensors
 
 
 def read_adapter(folder: Path, weight: float) -> Adapter:
     """The adapter's configuration and tensors; refuses by name what a merge would get wrong."""
     mend = "name the folder that finetune.py wrote"
     path = check_input(check_input(folder, mend) / "adapter_config.json", mend)
-    number, text, switch, table = (int, float), (str,), (bool,), (dict,)
-    config = read_json(
-        path, peft_type=text, base_model_name_or_path=text, r=(int,), lora_alpha=number,
-        rank_pattern=table, alpha_pattern=table, use_rslora=switch, use_dora=switch,
-        fan_in_fan_out=switch, init_lora_weights=(bool, str),
-    )  # fmt: skip
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} is a {config.get('peft_type')} adapter; only LORA can be merged")
-    if used := [f"{name} = {config[name]!r:.40}" for name in UNSUPPORTED if config.get(name)]:
-        raise UserError(f"{path}: {', '.join(used)} cannot be merged here; try PEFT's own merge")
-    if (init := config.get("init_lora_weights")) not in PLAIN_INITS:
-        hint = "save it with PEFT's path_initial_model_for_weight_conversion"
-        raise UserError(f"{path}: init_lora_weights = {init!r} changed the base; {hint}")
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
-    wrong = [r for r in ranks if type(r) is not int or r < 1]
-    wrong += [a for a in alphas if type(a) not in number or not abs(a) < 1e9]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]!r:.40} is not a rank or an alpha")
+    config = read_json(path, FIELDS)
+    kind, init = config.get("peft_type"), config.get("init_lora_weights")
+    used = [f"{name} = {config[name]!r:.40}" for name in UNSUPPORTED if config.get(name)]
+    numbers = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    wrong = [r for r in numbers if type(r) is not int or not 0 < r < 1e6]
+    numbers = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
+    wrong += [a for a in numbers if type(a) not in (int, float) or not abs(a) < 1e6]
     weights, pickle = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
-    if not weights.exists() and pickle.exists():
-        code = f"save_file(torch.load({str(pickle)!r}, weights_only=True), {str(weights)!r})"
-        code = f"import torch; from safetensors.torch import save_file; {code}"
-        convert = shlex.join(["python", "-c", code])
-        raise UserError(f"{folder} holds a pickle, which may run code; convert it: {convert}")
-    return Adapter(folder, weight, config, read_header(check_input(weights, mend)))
-
-
-def check_numbers(adapter: Adapter) -> None:
-    """Refuse an adapter with NaN or infinity, and one that was never trained."""
+    code = f"t.load({str(pickle)!r}, weights_only=True), {str(weights)!r}"
+    code = f"import torch as t, safetensors.torch as s; s.save_file({code})"
+    hint = f"a pickle, which may run code; convert it: {shlex.join(['python', '-c', code])}"
+    refuse({f"{folder} is a {kind} adapter; only LORA can be merged": kind != "LORA"})
+    refuse({f"{path}: {', '.join(used)} cannot be merged here; try PEFT's own merge": used})
+    refuse({f"{path}: init_lora_weights = {init!r} changed the base": init not in PLAIN_INITS})
+    refuse({f"{path}: {wrong[:1]} is not a rank or an alpha": wrong})
+    refuse({f"{pickle} is {hint}": pickle.exists() and not weights.exists()})
+    adapter = Adapter(folder, weight, config, read_header(check_input(weights, mend)))
     trained = False
     for name, stored in adapter.tensors.items():
-        if stored.dtype not in FLOATS:
-            raise UserError(f"{adapter.folder}: {name} is stored as {stored.dtype}, not as floats")
+        refuse({f"{folder}: {name} holds {stored.dtype}, not floats": stored.dtype not in EPS})
         total = sum(stored.read(rows).double().abs().sum().item() for rows in stored.blocks())
-        if not math.isfinite(total):
-            raise UserError(f"{adapter.folder}: {name} holds NaN or infinite numbers")
+        refuse({f"{folder}: {name} holds NaN or infinite numbers": not math.isfinite(total)})
         # a fresh LoRA has B = 0, of an embedding A = 0
         trained |= total > 0 and not re.search(r"lora_A|lora_embedding_B|base_layer", name)
-    if not trained:
-        raise UserError(f"{adapter.folder} changes nothing: every B is zero (an untrained adapter)")
+    refuse({f"{folder} changes nothing: every B is zero (an untrained adapter)": not trained})
+    return adapter
 
 
-def base_folder(name: str) -> Path:
-    """The folder of the base model, fetched from the hub if `name` is the hub's."""
-    if Path(name).is_dir():
-        return check_input(Path(name), "")
-    first = name.partition("/")[0]
-    if (
-        not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-        or first in ("", ".", "..")
-        or Path(first).exists()
-    ):
-        raise UserError(f"base model {name} is neither a folder nor a hub id; give --base-model")
-    from huggingface_hub import snapshot_download
+def read_base(name: str) -> Plan:
+    """A plan that changes nothing yet, of a folder or hub id; every shard must be there, whole."""
+    base = Path(name)
+    if not base.is_dir():
+        local = not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or base.parent.exists()
+        refuse({f"base model {name!r} is no folder and no hub id; see --base-model": local})
+        from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name, ignore_patterns=[f"*{kind}" for kind in PICKLES]))
-    except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
-        raise UserError(f"base model {hub_fault(name, error)}") from None
-
-
-def read_base(base: Path) -> Plan:
-    """A plan that changes nothing yet; every shard of the base must be there and whole."""
+        try:
+            base = Path(snapshot_download(name, ignore_patterns=[f"*{kind}" for kind in PICKLES]))
+        except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
+            raise UserError(f"base model {shared.hub_fault(name, error)}") from None
     path = check_input(base / "config.json", "name a model's folder with --base-model")
-    switch = {"tie_word_embeddings": (bool,), "model_type": (str,)}
-    config = read_json(path, quantization_config=(dict,), **switch)
-    if "quantization_config" in config:
-        raise UserError(f"{base} is quantised; merge into its 16-bit original")
-    listed: dict[str, str] = {}
+    config = read_json(path, {"model_type": str, "tie_word_embeddings": bool, "vocab_size": int})
+    refuse({f"{path}: quantised; merge into the original": "quantization_config" in config})
+    listed: dict[str, Any] = {}
     if not (base / WHOLE).exists() and (base / INDEX).exists():  # the order of transformers
-        listed = read_json(base / INDEX, weight_map=(dict,)).get("weight_map") or {"": ""}
-        if bad := [s for s in listed.values() if not re.fullmatch(r"[\w.-]+", str(s))]:
-            raise UserError(f"{base / INDEX}: weight_map names no file of its folder: {bad[0]!r}")
-    shards = sorted(set(listed.values())) or [WHOLE]
-    if missing := [name for name in shards if not (base / name).is_file()]:
+        listed = read_json(base / INDEX, {"weight_map": dict}).get("weight_map") or {"": None}
+        bad = [shard for shard in listed.values() if not re.fullmatch(r"\w[\w.-]+", str(shard))]
+        refuse({f"{base / INDEX}: {bad[:1]} is no file of its folder": bad})
+    shards = sorted(set(map(str, listed.values()))) or [WHOLE]
+    if missing := [shard for shard in shards if not (base / shard).is_file()]:
         code = f"M.from_pretrained({str(base)!r}, dtype='auto').save_pretrained('converted')"
         code = f"from transformers import AutoModelForCausalLM as M; {code}"
-        convert = f"; convert its pickles: {shlex.join(['python', '-c', code])}"
         pickled = any(file.suffix in PICKLES for file in base.iterdir())
-        raise UserError(f"{base} has no {', '.join(missing[:3])}{convert if pickled else ''}")
-    tensors: dict[str, Stored] = {}
-    for shard in shards:
-        found = read_header(base / shard)
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise UserError(f"{base}: {twice[0]} stands in two shards")
-        tensors |= found
-    if lost := [n for n, s in listed.items() if n not in tensors or tensors[n].path.name != s]:
-        raise UserError(f"{base / INDEX}: {lost[0]} is not in {listed[lost[0]]}")
+        hint = f"; convert its pickles: {shlex.join(['python', '-c', code])}" if pickled else ""
+        raise UserError(f"{base} has no {', '.join(missing[:3])}{hint}")
+    tensors = {n: s for shard in shards for n, s in read_header(base / shard).items()}
+    lost = [n for n, s in listed.items() if n not in tensors or tensors[n].path.name != s]
+    refuse({f"{base / INDEX}: {lost[:1]} is not in the shard that it names": lost})
     ends = [name for name in tensors if layer(name) in ENDS]
-    shared = ends[0] if len(ends) == 1 and layer(ends[0]) not in HEADS else None
-    return Plan(base, config, shards, tensors, shared)
+    alone = ends[0] if len(ends) == 1 and layer(ends[0]) not in HEADS else None
+    return Plan(base, config, shards, tensors, alone)
 
 
 # --- which tensor of an adapter changes which of the base -----------------------------------------
 
 
 def layer(tensor: str) -> str:
-    """The last name of the layer that a tensor belongs to: "a.lm_head.weight" -> "lm_head"."""
+    """The last name of a tensor's layer: "model.norm.weight" -> "norm"."""
     return tensor.rpartition(".")[0].rpartition(".")[2]
 
 
 def base_name(name: str, plan: Plan) -> str | None:
     """The base's name of a tensor; a head that is the embedding becomes a tensor of its own."""
     bare = name.partition(".")[2]  # GPT-2's own checkpoint lacks the backbone's name
-    if plan.shared and name in (f"{head}.weight" for head in HEADS):
+    if plan.shared and name in [f"{head}.weight" for head in HEADS]:
         plan.tensors.setdefault(name, plan.tensors[plan.shared])
     return name if name in plan.tensors else bare if bare in plan.tensors else None
 
@@ -364,26 +299,24 @@ def add_adapter(adapter: Adapter, plan: Plan) -> None:
     for key in sorted(left):
         found = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_embedding_A)", key)
         name = base_name(f"{found[1]}.weight", plan) if found else None
-        b = left.pop(f"{found[1]}.{found[2].replace('_A', '_B')}", None) if name else None
-        if b:
-            a, stem, embedding = left.pop(key), found[1], "embedding" in found[2]
+        if name and (b := left.pop(f"{found[1]}.{found[2].replace('_A', '_B')}", None)):
+            a, (stem, kind) = left.pop(key), found.groups()
             dora = adapter.config.get("use_dora")
-            magnitude = left.pop(f"{stem}.lora_magnitude_vector", None) if dora else None
-            part = Part(adapter.weight, scaling(adapter, stem, a), a, b, magnitude, None, embedding)
-            parts[name] = fit_part(adapter, name, part, plan)
+            norms = left.pop(f"{stem}.lora_magnitude_vector", None) if dora else None
+            scale = scaling(adapter, stem, a)
+            parts[name] = Part(adapter.weight, scale, a, b, norms, embedding="embedding" in kind)
             bias = base_name(f"{stem}.bias", plan)
             if bias and (extra := left.pop(f"{stem}.lora_B.bias", None)):
-                parts[bias] = fit_part(adapter, bias, Part(*part[:2], None, extra), plan)
+                parts[bias] = Part(adapter.weight, scale, None, extra)
     for key in sorted(left):
         if name := base_name(key.replace(".base_layer.", "."), plan):
-            part = parts.get(name, Part(adapter.weight))._replace(saved=left.pop(key))
-            parts[name] = fit_part(adapter, name, part, plan)
-    if left:
-        names = ", ".join(sorted(left)[:5]) + (" ..." if len(left) > 5 else "")
-        count = f"{len(left)} of its {len(adapter.tensors)} tensors would be ignored"
-        raise UserError(f"{adapter.folder} does not fit {plan.base}: {count}: {names}")
+            parts[name] = parts.get(name, Part(adapter.weight))._replace(saved=left.pop(key))
+    names = (
+        f"{len(left)} of its {len(adapter.tensors)} tensors would be ignored: {sorted(left)[:5]}"
+    )
+    refuse({f"{adapter.folder} does not fit {plan.base}: {names}": left})
     for name, part in parts.items():
-        plan.parts.setdefault(name, []).append(part)
+        plan.parts.setdefault(name, []).append(fit_part(adapter, name, part, plan))
     # PEFT adds the LoRA of either to the one tensor that both are, so that the other changes too;
     # what was trained has two, hence the head becomes a tensor of its own
     if plan.shared in plan.parts and not any(layer(name) in HEADS for name in plan.tensors):
@@ -392,90 +325,80 @@ def add_adapter(adapter: Adapter, plan: Plan) -> None:
 
 def scaling(adapter: Adapter, stem: str, a: Stored) -> float:
     """alpha / rank, or alpha / sqrt(rank); of patterns the first that ends the module's name."""
-    values = []
+    config, values = adapter.config, []
     for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         try:
-            known = (adapter.config.get(table) or {}).items()
+            known = (config.get(table) or {}).items()
             fitting = [value for key, value in known if re.match(rf"(.*\.)?({key})$", stem)]
         except re.error as error:
             raise UserError(f"{adapter.folder}/adapter_config.json: {table}: {error}") from None
-        values.append([*fitting, adapter.config[default]][0])
-    rank, alpha = values
-    if a.shape[0] != rank:
-        raise UserError(f"{adapter.folder}: {stem} has rank {a.shape[0]}, its config says {rank}")
-    return alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+        values.append([*fitting, config[default]][0])
+    (rank, alpha), shape = values, list(a.shape)
+    refuse({f"{adapter.folder}: {stem} is {shape}, not of rank {rank}": shape[:1] != [rank]})
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def fit_part(adapter: Adapter, name: str, part: Part, plan: Plan) -> Part:
     """The part with `transposed` settled; refuses shapes and number types that do not fit."""
-    base = plan.tensors[name]
-    if base.dtype not in FLOATS:
-        hint = "merge into its 16-bit original"
-        raise UserError(f"{base.path}: {name} is stored as {base.dtype}, not as floats; {hint}")
-    shapes = [part.saved.shape] if part.saved else []
+    base, shapes = plan.tensors[name], [part.saved.shape] if part.saved else []
+    hint = f"{name} holds {base.dtype}, not floats; merge into the 16-bit original"
+    refuse({f"{base.path}: {hint}": base.dtype not in EPS})
     if part.b and not part.a:  # of a bias
         shapes.append(part.b.shape)
     elif part.b:
-        out, (rank, into) = part.b.shape[0], part.a.shape
+        (out, *_), (rank, into, *_) = (*part.b.shape, 0), (*part.a.shape, 0)
         conv1d = plan.config.get("model_type") in CONV1D and layer(name) not in HEADS
         conv1d |= bool(adapter.config.get("fan_in_fan_out")) and out != into
         part = part._replace(transposed=part.embedding or conv1d and base.shape == (into, out))
         shapes.append((into, out) if part.transposed else (out, into))
-        dora = bool(adapter.config.get("use_dora"))
-        if part.b.shape != (out, rank) or dora and getattr(part.magnitude, "shape", 0) != (out,):
-            raise UserError(f"{adapter.folder}: the tensors for {name} do not fit each other")
-    if wrong := [shape for shape in shapes if shape != base.shape]:
-        of = " (another vocabulary)" if layer(name) in ENDS else ""
-        what = f"{name} is {list(base.shape)} there, not {list(wrong[0])}{of}"
-        raise UserError(f"{adapter.folder} does not fit {plan.base}: {what}")
+        norms = part.magnitude.shape if part.magnitude else None
+        fit = norms == ((out,) if adapter.config.get("use_dora") else None)
+        fit &= part.b.shape == (out, rank) and len(part.a.shape) == 2
+        refuse({f"{adapter.folder}: the tensors for {name} do not fit each other": not fit})
+    wrong = [list(shape) for shape in shapes if shape != base.shape]
+    of = " (another vocabulary)" if layer(name) in ENDS else ""
+    what = f"{name} is {list(base.shape)} there, not {wrong[:1]}{of}"
+    refuse({f"{adapter.folder} does not fit {plan.base}: {what}": wrong})
     return part
 
 
 # --- a block of rows ------------------------------------------------------------------------------
 
 
-def load_factors(part: Part, stored: Stored, dtype: "torch.dtype") -> tuple[Any, Any, Any]:
-    """(A, B, magnitude) of a part in `dtype`, each None where it has none.
-
-    Of a transposed matrix the magnitude comes divided by the norms, which run down whole columns.
-    """
-    import torch
-
-    if not part.b:
-        return None, None, None
-    a = part.a.read().to(dtype) if part.a else torch.ones((1, 1), dtype=dtype)
-    b = part.b.read().to(dtype)
-    magnitude = part.magnitude.read().to(dtype).view(-1) if part.magnitude else None
-    if part.magnitude and part.transposed:
-        rows, columns = stored.size()
-        width = max(1, SLAB_ELEMENTS // rows // ROWS) * ROWS
-        for left in range(0, columns, width):
-            at, source = slice(left, left + width), part.saved or stored
-            slab = torch.cat([source.read(block)[:, at] for block in stored.blocks()])
-            slab = slab.to(getattr(torch, FLOATS[stored.dtype]))
-            change = (b[at] @ a) * part.scale
-            magnitude[at] /= torch.linalg.norm(slab.T + change, dim=1)
-    return a, b, magnitude
+def load_factors(part: Part, exact: bool) -> list[Any]:
+    """[A, B, magnitude] of a part in float32, or float64 if exact; None for what it has not."""
+    read = [stored.read() if stored else None for stored in (part.a, part.b, part.magnitude)]
+    factors = [t if t is None else t.double() if exact else t.float() for t in read]
+    if part.b and not part.a:
+        factors[0] = factors[1].new_ones((1, 1))  # of a bias: B @ 1
+    return factors
 
 
-def part_rows(part: Part, factors: tuple, w: "torch.Tensor", rows: slice) -> "torch.Tensor":
+def part_rows(part: Part, factors: list, w: "torch.Tensor", rows: slice) -> "torch.Tensor":
     """What one adapter makes of the rows `w` [len(rows), columns], before rounding, as in PEFT.
 
     PEFT sums in the wider of the two number types, but of an embedding it rounds the change first.
     """
-    import torch
-
     a, b, magnitude = factors
     if part.saved:
         w = part.saved.read(rows).to(w.dtype)
     if b is None:
         return w
-    change = ((b @ a[:, rows]).T if part.transposed else b[rows] @ a) * part.scale
-    if magnitude is None:
-        return w + (change.to(w.dtype) if part.embedding else change)
-    if part.transposed:
-        return magnitude * (w + change)
-    return (magnitude[rows] / torch.linalg.norm(w + change, dim=1)).view(-1, 1) * (w + change)
+    total = (b @ a[:, rows]).T if part.transposed else b[rows] @ a
+    total *= part.scale
+    if part.embedding and magnitude is None:
+        return w + total.to(w.dtype)
+    total = w + total  # in W's own memory layout, on which the order of summing the norms depends
+    if magnitude is not None:  # DoRA: every output's norm is set; rows of a transposed W are inputs
+        outputs, wanted = (total.T, magnitude) if part.transposed else (total, magnitude[rows])
+        outputs *= wanted / outputs.norm(dim=1, keepdim=True)
+    return total
+
+
+def elements_of(parts: list[Part], stored: Stored) -> int:
+    """More than the whole matrix where DoRA's norms run down its columns, else 0: a block."""
+    down = any(part.magnitude and part.transposed for part in parts)
+    return math.prod(stored.shape) * ROWS * down
 
 
 def exact_rows(parts: list, factors: list, w: "torch.Tensor", rows: slice) -> "torch.Tensor":
@@ -494,332 +417,261 @@ def round_once(exact: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
     import torch
 
     near = exact.float()
-    if dtype.itemsize > 2:
-        return exact.to(dtype)
-    off = exact - near
-    beyond = torch.nextafter(near, torch.where(off > 0, math.inf, -math.inf).float())
-    return torch.where((off != 0) & (near.view(torch.int32) & 1 == 0), beyond, near).to(dtype)
+    beyond = torch.where(exact > near, math.inf, -math.inf).float()
+    even = (exact != near) & (near.view(torch.int32) & 1 == 0)
+    odd = torch.where(even, torch.nextafter(near, beyond), near)
+    return odd.to(dtype) if dtype.itemsize == 2 else exact.to(dtype)
 
 
-def nf4_scales(stored: Stored) -> "torch.Tensor":
-    """QLoRA's doubly quantised scales of a matrix: [elements / 64], float32."""
+def nf4_of(stored: Stored) -> Any:
+    """A function of (rows, index of the first) to what 4-bit training saw in their place.
+
+    QLoRA's NF4: the scales of all blocks of the matrix are quantised once more, together.
+    """
     import torch
-    from bitsandbytes import functional
+    from bitsandbytes import functional as bnb
 
-    states = (functional.quantize_4bit(stored.read(rows), **NF4)[1] for rows in stored.blocks())
-    scales = torch.cat([state.absmax for state in states])
-    codes, state = functional.quantize_blockwise(scales - scales.mean(), blocksize=256)
-    return functional.dequantize_blockwise(codes, state) + scales.mean()
+    blocks = (stored.read(rows) for rows in stored.blocks())
+    scales = torch.cat([bnb.quantize_4bit(block, **NF4)[1].absmax for block in blocks])
+    mean = scales.mean()
+    scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256)) + mean
 
+    def convert(w: "torch.Tensor", top: int) -> "torch.Tensor":
+        codes, state = bnb.quantize_4bit(w.contiguous(), **NF4)
+        first = top * w.shape[1] // NF4["blocksize"]
+        state.absmax = scales[first : first + len(state.absmax)]
+        return bnb.dequantize_4bit(codes, state)
 
-def nf4_rows(w: "torch.Tensor", scales: "torch.Tensor", top: int) -> "torch.Tensor":
-    """What 4-bit training saw in place of the rows `w`, the first of which is row `top`."""
-    from bitsandbytes import functional
-
-    codes, state = functional.quantize_4bit(w, **NF4)
-    first = top * w.shape[1] // NF4["blocksize"]
-    state.absmax = scales[first : first + len(state.absmax)]
-    return functional.dequantize_4bit(codes, state)
+    return convert
 
 
 def new_blocks(plan: Plan, name: str) -> Iterator["torch.Tensor"]:
-    """The rows of a changed tensor, block by block, rounded once to the base's number type."""
-    import torch
-
+    """The rows of a tensor, block by block: the base's, or changed and rounded once to its type."""
     stored, parts = plan.tensors[name], plan.parts.get(name, [])
-    lone = len(parts) == 1 and parts[0].weight == 1
-    dtype = getattr(torch, FLOATS[stored.dtype])
-    wide = torch.promote_types(dtype, torch.float32 if lone else torch.float64)
-    factors = [load_factors(part, stored, wide) for part in parts]
-    scales = nf4_scales(stored) if name in plan.nf4 else None
-    for rows in stored.blocks():
+    if name not in plan.changed():
+        yield from (stored.read(rows) for rows in stored.blocks())
+        return
+    exact = len(parts) != 1 or parts[0].weight != 1 or stored.dtype == "F64"
+    factors = [load_factors(part, exact) for part in parts]
+    nf4 = nf4_of(stored) if name in plan.nf4 else None
+    for rows in stored.blocks(elements_of(parts, stored)):
         w = stored.read(rows)
-        coarse = w if scales is None else nf4_rows(w, scales, rows.start)
+        coarse = nf4(w, rows.start) if nf4 else w
         base = coarse if plan.dequantised else w
-        if lone:
-            total = part_rows(parts[0], factors[0], base, rows)
-        else:
+        if exact:
             total = exact_rows(parts, factors, base, rows)
+        else:
+            total = part_rows(parts[0], factors[0], base, rows)
         if plan.norms is not None and parts:
-            group = re.search(r"\.(\d+)\.", name)
-            sums = plan.norms.setdefault(f"layer {group[1]}" if group else layer(name), [0.0] * 3)
+            number = re.search(r"\.(\d+)\.", name)
+            sums = plan.norms.setdefault(f"layer {number[1]}" if number else layer(name), [0.0] * 3)
             for i, term in enumerate((base, total - base, coarse - w)):
                 sums[i] += term.double().square().sum().item()
-        block = total.to(dtype) if lone else round_once(total, dtype)
-        if not math.isfinite(block.sum(dtype=torch.float64).item()):
-            raise UserError(f"{name}: the sum does not fit into {FLOATS[stored.dtype]}")
+        block = round_once(total, w.dtype) if exact else total.to(w.dtype)
+        over = not math.isfinite(block.abs().max().item())
+        refuse({f"{name}: the sum is not finite in {stored.dtype}": over})
         yield block
 
 
 # --- writing and proving --------------------------------------------------------------------------
 
 
-def copy_bytes(old: Any, new: Any, begin: int, end: int) -> None:
-    """Append bytes [begin, end) of one open file to another, inside the kernel where it can."""
-    new.flush()
-    while begin < end:
-        try:
-            count = os.copy_file_range(old.fileno(), new.fileno(), end - begin, begin)
-        except (AttributeError, OSError):  # not Linux, or two kinds of file systems
-            old.seek(begin)
-            count = new.write(old.read(min(COPY_BYTES, end - begin)))
-            new.flush()
-        begin += count
-
-
-def write_shard(plan: Plan, shard: str, target: Path) -> None:
-    """Write the tensors of one shard, changed or copied, and any that were added behind them."""
-    import torch
-
-    mine = {name: about for name, about in plan.tensors.items() if about.path.name == shard}
+def write_shard(plan: Plan, shard: str, out: Path, seed: int) -> Counter:
+    """Write one shard, with a new head behind its embedding, and read it again to prove it."""
+    mine = {name: stored for name, stored in plan.tensors.items() if stored.path.name == shard}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    at = 0
-    for name, about in mine.items():
-        offsets = [at, at := at + about.end - about.begin]
-        header[name] = {"dtype": about.dtype, "shape": about.shape, "data_offsets": offsets}
+    end = 0
+    for name, stored in mine.items():
+        size = math.prod(stored.shape) * stored.read(slice(1)).element_size()
+        places = [end, end := end + size]
+        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": places}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors' bytes begin at a multiple of 8
-    with (plan.base / shard).open("rb") as old, target.open("wb") as new:
-        new.write(struct.pack("<Q", len(text)) + text)
-        for name, about in mine.items():
-            if name in plan.changed():
-                for block in new_blocks(plan, name):
-                    new.write(block.contiguous().view(torch.uint8).numpy())
-            else:
-                copy_bytes(old, new, about.begin, about.end)
+    with (out / shard).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in mine:
+            for block in new_blocks(plan, name):
+                file.write(raw(block))
+        file.flush()
+        os.fsync(file.fileno())
+    written = read_header(out / shard)
+    return sum((prove(plan, name, new, seed) for name, new in written.items()), Counter())
 
 
-def prove_shard(plan: Plan, target: Path, seed: int) -> dict[str, int]:
-    """Read a written shard again: sampled rows against a float64 sum, other tensors by bytes."""
+def prove(plan: Plan, name: str, new: Stored, seed: int) -> Counter:
+    """Compare a written tensor: sampled rows with a float64 sum, or if unchanged every byte."""
+    old, parts = plan.tensors[name], plan.parts.get(name, [])
+    if name not in plan.changed():
+        same = all(raw(old.read(rows)) == raw(new.read(rows)) for rows in old.blocks())
+        assert same and old[2:] == new[2:], f"{name} in {new.path} is not what {old.path} holds"
+        return Counter(tensors_equal_to_base=1)
+    factors, count = [load_factors(part, exact=True) for part in parts], (old.shape or (1,))[0]
+    nf4 = nf4_of(old) if plan.dequantised and name in plan.nf4 else None
+    sample = count if elements_of(parts, old) else ROWS if nf4 else SAMPLED
+    last = (count - 1) // ROWS * ROWS if sample < count else 0
+    tops = {0, random.Random(f"{seed} {name}").randrange(0, last + 1, ROWS), last}
+    for rows in [slice(top, min(top + sample, count)) for top in tops]:
+        w = nf4(old.read(rows), rows.start) if nf4 else old.read(rows)
+        expected = exact_rows(parts, factors, w, rows)
+        change = (expected - w).abs()
+        # a unit in the last place of whatever was rounded; float32 errs in all terms of a row
+        slack = EPS[new.dtype] * (expected.abs() + w.abs() + change) + 1e-5 * change.max()
+        off = ((new.read(rows) - expected).abs() - slack).max().item()
+        assert off <= 0, f"{name} in {new.path} is off by {off} in rows {rows}"
+    return Counter(rows_computed_again=len(tops) * min(sample, count))
+
+
+def raw(block: "torch.Tensor") -> bytes:
+    """The bytes of a tensor."""
     import torch
 
-    counts = {"rows_computed_again": 0, "tensors_equal_to_base": 0}
-    for name, new in read_header(target).items():
-        old, parts = plan.tensors[name], plan.parts.get(name, [])
-        if name not in plan.changed():
-            assert same_bytes(old, new), f"{name} in {target} is not what {old.path} holds"
-            counts["tensors_equal_to_base"] += 1
-            continue
-        factors = [load_factors(part, old, torch.float64) for part in parts]
-        last = (old.size()[0] - 1) // ROWS
-        for block in {0, random.Random(f"{seed} {name}").randint(0, last), last}:
-            rows = slice(block * ROWS, min(block * ROWS + SAMPLED, old.size()[0]))
-            w, found = old.read(rows), new.read(rows).double()
-            if plan.dequantised and name in plan.nf4:
-                w = nf4_rows(w, nf4_scales(old), rows.start)
-            expected = exact_rows(parts, factors, w, rows)
-            change = (expected - w).abs()
-            # the last digit of what was added and of the sum; float32 errs in all of a row's terms
-            slack = torch.finfo(new.read(rows).dtype).eps * (expected.abs() + w.abs() + change)
-            worst = ((found - expected).abs() - slack - 1e-5 * change.max()).max().item()
-            assert worst <= 0, f"{name} in {target} is off by {worst} in rows {rows}"
-            counts["rows_computed_again"] += len(w)
-    return counts
+    return block.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def same_bytes(old: Stored, new: Stored) -> bool:
-    """Whether two stored tensors agree in every byte."""
-    if old[1:3] != new[1:3]:
-        return False
-    with old.path.open("rb") as a, new.path.open("rb") as b:
-        a.seek(old.begin), b.seek(new.begin)
-        sizes = (min(COPY_BYTES, new.end - at) for at in range(new.begin, new.end, COPY_BYTES))
-        return all(a.read(size) == b.read(size) for size in sizes)
+def check_logits(plan: Plan, adapter: Path, merged: Path) -> dict[str, float]:
+    """Relative distances of the merged model's logits to base + adapter's and to the base's.
 
-
-def check_logits(args: argparse.Namespace, plan: Plan, merged: Path) -> dict[str, float]:
-    """Relative distances of the logits on PROBE: merged to base + adapters, and to the base.
-
-    Both in float32, so that only the rounding of the merged weights is left. Raises UserError if
-    they differ by more than 16 units of that rounding.
+    In float32, so that all that is left is the rounding of the merged weights; UserError if the
+    first is above 16 units of it.
     """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def logits(folder: Path, adapters: list) -> list["torch.Tensor"]:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        ids = torch.arange(16)[None] % model.config.vocab_size
-        if any((plan.base / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-            ids = AutoTokenizer.from_pretrained(plan.base)(PROBE, return_tensors="pt")["input_ids"]
-        found = [model(ids).logits] if not adapters else [model(ids).logits.clone()]
-        for number, (adapter, weight) in enumerate(adapters):
-            if number == 0:
-                model = PeftModel.from_pretrained(model, adapter, adapter_name="0").eval()
-            else:
-                model.load_adapter(adapter, str(number))
-            for module in model.modules():
-                if str(number) in getattr(module, "scaling", {}):
-                    module.scaling[str(number)] *= weight
-        if adapters:
-            model.base_model.set_adapter([str(n) for n in range(len(adapters))])
-            found.append(model(ids).logits)
-        return found
-
+    ids = torch.arange(16)[None] % (plan.config.get("vocab_size") or 16)
+    if any((plan.base / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        ids = AutoTokenizer.from_pretrained(plan.base)(PROBE, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        (ours,), (base, expected) = logits(merged, []), logits(plan.base, args.adapter)
-    eps = max(
-        torch.finfo(getattr(torch, FLOATS[s.dtype])).eps
-        for s in plan.tensors.values()
-        if s.dtype in FLOATS
-    )
-    result = {"to_base_and_adapter": ((ours - expected).norm() / expected.norm()).item(),
-              "to_base": ((ours - base).norm() / base.norm()).item()}  # fmt: skip
-    print("logits, relative distance:", json.dumps(result))
-    if not result["to_base_and_adapter"] <= max(1e-4, 16 * eps):
-        raise UserError(f"--check-logits: merged and base + adapter differ by {result}")
-    return result
+        model = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32).eval()
+        base = model(ids).logits
+        both = PeftModel.from_pretrained(model, adapter).eval()(ids).logits
+        model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+        ours = model(ids).logits
+    found = {"to_base_and_adapter": both, "to_base": base}
+    found = {name: ((ours - x).norm() / x.norm()).item() for name, x in found.items()}
+    print("logits, relative distance of the merged model:", found)
+    most = max(1e-4, *(16 * EPS[plan.tensors[name].dtype] for name in plan.parts))
+    far = not found["to_base_and_adapter"] <= most
+    refuse({f"--check-logits: merged and base + adapter differ: {found}": far})
+    return found
 
 
-# --- what the adapter was trained on, and for what base -------------------------------------------
+# --- where base, adapter and partner come from ----------------------------------------------------
 
 
-def open_pairs(folder: Path) -> set[tuple[str, str]]:
-    """(pair, training row) of the contamination pairs that no one decided to be not-a-leak."""
+def open_pairs(folder: Path) -> dict[str, str]:
+    """{pair: training row} of the contamination pairs that nobody decided to be not-a-leak."""
     decisions = read_decisions(folder / "decisions.jsonl")
     pairs = read_jsonl(folder / "pairs.jsonl", {"pair_id": str, "train_id": str})
     leaks = (p for p in pairs if decisions.get(p["pair_id"], {}).get("verdict") != "not-a-leak")
-    return {(pair["pair_id"], pair["train_id"]) for pair in leaks}
+    return {pair["pair_id"]: pair["train_id"] for pair in leaks}
 
 
-def training_of(adapter: Adapter) -> tuple[dict[str, Any], list[str]]:
-    """(facts for run.json, warnings) about the data that an adapter was trained on."""
+def training_of(adapter: Adapter, warnings: list[str]) -> dict[str, Any]:
+    """What is known of an adapter: its hash, its data, their licences and leaks; adds warnings."""
     path = adapter.folder / "run.json"
-    inputs = read_json(path, inputs=(dict,)).get("inputs") or {} if path.exists() else {}
-    files = [Path(name) for name in inputs if name.endswith((".jsonl", ".json"))]
-    facts: dict[str, Any] = {
-        "folder": str(adapter.folder),
-        "weight": adapter.weight,
-        "sha256": sha256_of(adapter.folder / "adapter_model.safetensors"),
-        "data": {str(file): inputs[str(file)] for file in files},
-    }
-    data = files[0] if files else None
-    if not data or not data.exists() or sha256_of(data) != inputs[str(data)].get("sha256"):
-        why = "its run.json names no data" if not data else f"{data} is gone or changed"
-        return facts, [f"{adapter.folder}: whether its training data leak is unknown: {why}"]
-    rows = read_jsonl(data, {})
-    facts["licences"] = Counter(str(row.get("licence", "not stated")) for row in rows)
-    if not data.with_name("pairs.jsonl").exists():
-        return facts, [f"{adapter.folder}: {data} was not checked for contamination"]
-    facts["contamination"] = str(data.parent)
-    leaks = {train_id for _, train_id in open_pairs(data.parent)} & {r.get("id") for r in rows}
-    facts["flagged_rows"] = len(leaks)
-    many = f"{adapter.folder}: trained on {len(leaks)} rows of {data} that are flagged as leaks"
-    return facts, [many] if leaks else []
+    inputs = read_json(path, {"inputs": dict}).get("inputs") or {} if path.exists() else {}
+    about: dict[str, Any] = {"folder": str(adapter.folder), "weight": adapter.weight}
+    about["sha256"] = shared.sha256_of(adapter.folder / "adapter_model.safetensors")
+    about["data"] = {name: known for name, known in inputs.items() if ".json" in Path(name).suffix}
+    for data, known in about["data"].items():
+        if Path(data).exists() and isinstance(known, dict):
+            if shared.sha256_of(Path(data)) == known.get("sha256"):
+                rows = read_jsonl(Path(data), {})
+                about["licences"] = Counter(str(row.get("licence", "unknown")) for row in rows)
+                if Path(data).with_name("pairs.jsonl").exists():
+                    leaks = set(open_pairs(Path(data).parent).values())
+                    about["flagged_rows"] = sum(row.get("id") in leaks for row in rows)
+    if many := about.get("flagged_rows", "an unknown number of"):
+        warnings.append(f"{adapter.folder} was trained on {many} rows that are flagged as leaks")
+    return about
 
 
 def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) -> list[str]:
     """Compare the base with the one that each adapter was trained on; returns warnings.
 
-    Prepares the plan for what 4-bit training or a foreign base asks for. Raises UserError for a
-    foreign base that was not asked for, and for a partner that was trained on leaked questions.
+    Prepares the plan for 4-bit training and for a foreign base; refuses one not asked for, and
+    by the paper's rule a partner that was trained on benchmark questions.
     """
     from finetune import base_fingerprint
 
     warnings, quantised, found = [], False, base_fingerprint(plan.base)
-    for adapter in adapters:
-        path = adapter.folder / "base_fingerprint.json"
-        known = read_json(path, config=(str,), tensors=(str,)) if path.exists() else {}
-        quantised |= bool(known.get("load_in_4bit"))
-        differ = [part for part in found if known.get(part) != found[part]]
-        trained_on = str(known.get("base_model") or adapter.config.get("base_model_name_or_path"))
-        if not known:
-            warnings.append(f"{path} is not there: whether {plan.base} is the base that the "
-                            "adapter was trained on is unknown")  # fmt: skip
-        elif not differ:
-            print(f"{adapter.folder}: {plan.base} is the base that it was trained on")
-        elif not args.foreign_base:
-            what = f"was trained on {trained_on}; {plan.base} differs from it in {differ}"
-            raise UserError(f"{adapter.folder} {what}; to merge all the same, add --foreign-base")
-        config = Path(trained_on) / "config.json"
-        other = read_json(config) if differ and config.exists() else plan.config
-        facts = [
-            f"{f} {other.get(f)} -> {plan.config.get(f)}"
-            for f in FACTS
-            if other.get(f) != plan.config.get(f)
-        ]
-        if facts and "model_type" in facts[0]:
-            raise UserError(f"{adapter.folder} was trained on another architecture: {facts[0]}")
-        warnings += [f"{adapter.folder}: another base: {fact}" for fact in facts]
-    if args.dequantised_base and not quantised:
-        raise UserError("--dequantised-base: no adapter here says that it was trained on NF4")
+    for folder, _, config, _ in adapters:
+        path = folder / "base_fingerprint.json"
+        known = read_json(path, {"load_in_4bit": bool}) if path.exists() else {}
+        quantised |= known.get("load_in_4bit") or False
+        differ = [part for part in found if known and known.get(part) != found[part]]
+        theirs = Path(str(known.get("base_model") or config.get("base_model_name_or_path")))
+        other = read_json(theirs / "config.json", {}) if (theirs / "config.json").exists() else {}
+        pairs = {fact: (other[fact], plan.config.get(fact)) for fact in FACTS if fact in other}
+        facts = [f"{fact} {a} -> {b}" for fact, (a, b) in pairs.items() if a != b]
+        what = f"{folder} was trained on {theirs}; {plan.base} has another {' and '.join(differ)}"
+        foreign = differ and not args.foreign_base or "model_type" in " ".join(facts)
+        refuse({f"{what} {facts or ''}; if you mean it, add --foreign-base": foreign})
+        if differ:
+            warnings.append(f"{what} {facts or ''}")
+        elif known:
+            print(f"{plan.base} is the base that {folder} was trained on: fingerprints agree")
+        else:
+            warnings.append(f"no {path}: whether {plan.base} is the base it was trained on")
+    refuse({"--dequantised-base: not trained on NF4": args.dequantised_base and not quantised})
     if quantised or args.foreign_base:
         plan.norms, plan.dequantised = {}, args.dequantised_base
-        linear = (n for n, about in plan.tensors.items() if len(about.shape) == 2)
-        plan.nf4.update(n for n in linear if quantised and layer(n) not in (*ENDS, "wpe"))
+        linear = {n for n, s in plan.tensors.items() if len(s.shape) == 2 and layer(n) not in ENDS}
+        plan.nf4 = linear if quantised else set()
     if args.partner_check:
         check_input(args.partner_check / "run.json", "write it with python check_contamination.py")
         pairs = len(open_pairs(args.partner_check))
-        many = f"{args.partner_check}: {pairs} pairs are not decided not-a-leak"
-        if pairs and not args.allow_contaminated:
-            raise UserError(f"{many}; review them with python tui.py, or --allow-contaminated")
-        warnings += [f"{many}; merged all the same"] if pairs else []
+        what = f"{args.partner_check}: {pairs} pairs are not decided not-a-leak"
+        refuse({f"{what}; see them with python tui.py": pairs and not args.allow_contaminated})
+        warnings += [f"{what}, and it was merged all the same"] * bool(pairs)
     elif args.foreign_base:
-        warnings.append("--partner-check was not given: whether the other model was trained on "
-                        "benchmark questions is unknown")  # fmt: skip
+        warnings.append("no --partner-check: the other model may know benchmark questions")
     return warnings
 
 
 def norm_table(plan: Plan) -> str:
-    """Per layer: norms of the weights, of the change, and of what NF4 took away from the weights."""
-    rows = []
+    """Per layer: norms of the weights, of the change, and of what NF4 took from the weights."""
+    rows, count = [], 5 if plan.nf4 else 3
     for name, squares in plan.norms.items():
-        weights, change, error = (math.sqrt(square) for square in squares)
-        cells = [weights, change, change / weights if weights else math.inf]
-        cells += [error, error / change if change else math.inf] if plan.nf4 else []
-        rows.append([name, *(f"{cell:.4g}" for cell in cells)])
-    headers = ["layer", "weights", "change", "change / weights"]
-    return markdown_table(headers + ["NF4 error", "error / change"] * bool(plan.nf4), rows)
+        w, change, error = (math.sqrt(square) for square in squares)
+        cells = [w, change, change / (w or math.nan), error, error / (change or math.nan)]
+        rows.append([name, *(f"{cell:.4g}" for cell in cells[:count])])
+    headers = ["layer", "weights", "change", "change / weights", "NF4 error", "error / change"]
+    return markdown_table(headers[: count + 1], rows)
 
 
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def copy_files(plan: Plan, out: Path) -> None:
-    """The base's config, tokenizer, licence and index; config and index say if the head is new."""
+def write_rest(plan: Plan, about: dict[str, Any], out: Path) -> None:
+    """The base's config, tokenizer, licence files and index, and a model card of its own."""
     for path in sorted(plan.base.iterdir()):
         own = path.name in ("run.json", "README.md", INDEX) or path.name.startswith(".")
-        if path.is_file() and not own and path.suffix not in WEIGHT_FILES:
+        if path.is_file() and not own and path.suffix not in OTHER_FILES:
             shutil.copyfile(path, out / path.name)
     if any(layer(name) in ENDS for name in plan.parts):
         config = {**plan.config, "tie_word_embeddings": False}
-        write_file(out / "config.json", json.dumps(config, indent=2) + "\n")
+        shared.write_file(out / "config.json", json.dumps(config, indent=2) + "\n")
     if plan.shards != [WHOLE]:
-        total = sum(about.end - about.begin for about in plan.tensors.values())
+        total = sum((out / shard).stat().st_size for shard in plan.shards)
         places = {name: about.path.name for name, about in sorted(plan.tensors.items())}
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        write_file(out / INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def model_card(args: argparse.Namespace, plan: Plan, about: dict[str, Any]) -> str:
-    """README.md of the merged model."""
+        shared.write_file(out / INDEX, json.dumps(index, indent=2) + "\n")
     card = plan.base / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
-    stated = re.findall(r"^license(?:_name|_link)?: *(.+)$", text, re.MULTILINE)
-    files = [
-        p.name
-        for p in plan.base.iterdir()
-        if re.match(r"licen[cs]e|notice|use_policy", p.name, re.I)
-    ]
-    base = f"- base: `{args.base_model}`; its licence: {', '.join(stated) or 'not stated'}"
-    lines = ["# Merged model", "", base + f" (kept here: {', '.join(files)})" * bool(files)]
-    for adapter in about["adapters"]:
-        lines.append(f"- adapter: `{adapter['folder']}`, weight {adapter['weight']:g}, "
-                     f"sha256 `{adapter['sha256']}`")  # fmt: skip
-        for file, data in adapter["data"].items():
-            lines.append(f"  - trained on `{file}`, sha256 `{data.get('sha256')}`")
-        if "flagged_rows" in adapter:
-            lines.append(f"  - rows flagged as benchmark leaks: {adapter['flagged_rows']}")
-        for licence, rows in adapter.get("licences", {}).items():
-            lines.append(f"  - licence of {rows} rows: {licence}")
+    licence = re.findall(r"^license\w*: *(.+)$", text, re.MULTILINE) or ["not stated in its card"]
+    lines = ["# A merged model", f"Licence of the base: {', '.join(licence)}. It and those of the "
+             "training data apply to this model. `run.json` holds all hashes."]  # fmt: skip
     lines += [
-        f"- merged before: `{step['base_model']}` + {step['adapters']}"
-        for step in about["lineage"][:-1]
+        f"- base `{step['base_model']}`, adapters {step['adapters']}" for step in about["lineage"]
     ]
-    lines += ["", "## Warnings", "", *[f"- {w}" for w in about["warnings"] or ["none"]], ""]
-    lines += ["Made by merge.py; `run.json` holds every hash. The licences of the base and of the",
-              "data apply to this model.", ""]  # fmt: skip
-    return "\n".join(lines)
+    for adapter in about["adapters"]:
+        lines.append(f"- `{adapter['folder']}`, sha256 {adapter['sha256']}, rows flagged as leaks: "
+                     f"{adapter.get('flagged_rows', 'unknown')}, data {json.dumps(adapter['data'])}"
+                     f", licences of rows {dict(adapter.get('licences', {}))}")  # fmt: skip
+    lines += [f"- **warning**: {warning}" for warning in about["warnings"]]
+    shared.write_file(out / "README.md", "\n\n".join(lines) + "\n")
 
 
 @contextmanager
@@ -827,12 +679,11 @@ def folder_aside(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place when the block ends well, and else disappears."""
     aside = out.with_name(f".{out.name}.tmp")
     with output_folder(aside, overwrite=True):
-        if (aside / "run.json").exists() and (out / UNFINISHED).exists():  # killed while renaming
-            for name in read_json(aside / "run.json", outputs=(dict,))["outputs"]:
-                (out / name).unlink(missing_ok=True)
-        for left in aside.iterdir():
-            if left.name != UNFINISHED:
-                left.unlink()
+        if (aside / "run.json").exists() and (out / shared.UNFINISHED).exists():
+            for name in read_json(aside / "run.json", {"outputs": dict})["outputs"]:
+                (out / name).unlink(missing_ok=True)  # of a merge that was killed while renaming
+        for left in set(aside.iterdir()) - {aside / shared.UNFINISHED}:
+            left.unlink()
         try:
             yield aside
         except BaseException:
@@ -846,83 +697,60 @@ def folder_aside(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def check_room(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) -> None:
     """Refuse an output inside an input, and a disk or memory that is too small, before any work."""
-    out, inputs = args.out.resolve(), [plan.base, *(adapter.folder for adapter in adapters)]
-    if inside := [folder for folder in inputs if folder.resolve() in out.parents]:
-        raise UserError(f"--out {args.out} lies inside an input, {inside[0]}; name another folder")
-    size = sum(about.end - about.begin for about in plan.tensors.values())
-    place = next(folder for folder in out.parents if folder.exists())
-    if (free := shutil.disk_usage(place).free) < size:
-        raise UserError(f"{args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-    if args.check_logits:
-        lone = len(adapters) == 1 and adapters[0].weight == 1
-        if not lone and any(p.saved or p.magnitude for parts in plan.parts.values() for p in parts):
-            raise UserError("--check-logits cannot weigh DoRA or tensors that were saved whole")
-        need = 5 * sum(math.prod(about.shape) for about in plan.tensors.values())  # float32, some
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if need > free:
-            raise UserError(f"--check-logits needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free")
+    out = args.out.resolve()
+    inside = [f for f in (plan.base, *(a.folder for a in adapters)) if f.resolve() in out.parents]
+    size = sum((plan.base / shard).stat().st_size for shard in plan.shards)
+    free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
+    need = 5 * sum(math.prod(about.shape) for about in plan.tensors.values())  # float32 and more
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    refuse(
+        {
+            f"--out {args.out} lies inside {inside[:1]}, an input; name another folder": inside,
+            f"--out {args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free": size > free,
+            f"--check-logits: {need / 1e9:.1f} GB of memory needed, {memory / 1e9:.1f} free": need
+            > memory
+            and args.check_logits,
+        }
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Adapters + base -> checks -> copied and changed tensors -> proof -> folder."""
+    """Adapters + base -> checks -> shards, proved one by one -> folder."""
     started = time.monotonic()
     args = parse_args(argv)
     adapters = [read_adapter(Path(folder), weight) for folder, weight in args.adapter]
     args.base_model = args.base_model or adapters[0].config.get("base_model_name_or_path") or ""
-    base = base_folder(args.base_model)
-    check_output(args.out, args.overwrite, base, *(adapter.folder for adapter in adapters))
-    plan = read_base(base)
+    plan = read_base(args.base_model)
+    check_output(args.out, args.overwrite, plan.base, *(adapter.folder for adapter in adapters))
     for adapter in adapters:
-        check_numbers(adapter)
         add_adapter(adapter, plan)
     check_room(args, plan, adapters)
-    about = describe(args, plan, adapters)
+    warnings = check_origin(args, plan, adapters)
+    about: dict[str, Any] = {"settings": vars(args), "base_model": args.base_model}
+    about |= {"adapters": [training_of(a, warnings) for a in adapters], "warnings": warnings}
+    before = read_json(p, {"lineage": list}) if (p := plan.base / "run.json").exists() else {}
+    step = {"base_model": args.base_model, "adapters": [a["folder"] for a in about["adapters"]]}
+    about["lineage"] = [*(before.get("lineage") or []), step]
+    print(*(f"warning: {warning}" for warning in warnings), sep="\n", file=sys.stderr)
     with folder_aside(args.out, args.overwrite) as aside:
-        proof: Counter = Counter()
-        for number, shard in enumerate(plan.shards, 1):
-            write_shard(plan, shard, aside / shard)
-            proof.update(prove_shard(plan, aside / shard, args.seed))
-            print(f"shard {number}/{len(plan.shards)} written and proved", file=sys.stderr)
-        copy_files(plan, aside)
-        about |= {
-            "proof": proof,
-            "counts": {"tensors": len(plan.tensors), "changed": len(plan.changed())},
-        }
+        proofs = [write_shard(plan, shard, aside, args.seed) for shard in plan.shards]
+        about["proof"] = sum(proofs, Counter())
+        about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
         if plan.norms:
-            print(table := norm_table(plan))
-            about["norms"] = table.splitlines()
+            print(norms := norm_table(plan))
+            about["norms"] = norms.splitlines()
+        write_rest(plan, about, aside)
         if args.check_logits:
-            about["logits"] = check_logits(args, plan, aside)
-        write_file(aside / "README.md", model_card(args, plan, about))
-        inputs = [base / shard for shard in plan.shards]
+            about["logits"] = check_logits(plan, adapters[0].folder, aside)
+        inputs = [plan.base / shard for shard in plan.shards]
         inputs += [adapter.folder / "adapter_model.safetensors" for adapter in adapters]
-        place = argparse.Namespace(**{**vars(args), "out": aside})
-        finish_run(place, inputs, started, settings=vars(args), base_model=args.base_model, **about)
-    print(
-        f"wrote {args.out}: {len(plan.changed())} tensors changed, {proof['tensors_equal_to_base']} kept. Next:"
-    )
+        inside = argparse.Namespace(**{**vars(args), "out": aside})
+        shared.finish_run(inside, inputs, started, **about)
+    print(f"wrote {args.out}: {len(plan.changed())} of {len(plan.tensors)} tensors changed. Next:")
     print(
         shlex.join(["python", "evaluate.py", "--model", args.base_model, "--model", str(args.out)])
     )
 
 
-def describe(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) -> dict[str, Any]:
-    """What run.json and the model card say about where the model comes from; prints warnings."""
-    warnings = check_origin(args, plan, adapters)
-    trained = [training_of(adapter) for adapter in adapters]
-    warnings += [warning for _, found in trained for warning in found]
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    path = plan.base / "run.json"
-    before = read_json(path, lineage=(list,)).get("lineage") if path.exists() else None
-    this = {
-        "base_model": args.base_model,
-        "adapters": [f"{a.folder}:{a.weight:g}" for a in adapters],
-    }
-    this["sha256"] = [facts["sha256"] for facts, _ in trained]
-    lineage = [*(before or []), this]
-    return {"adapters": [facts for facts, _ in trained], "warnings": warnings, "lineage": lineage}
-
-
 if __name__ == "__main__":
-    run_main(main)
+    shared.run_main(main)
