@@ -31,7 +31,6 @@ import tomllib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import metadata, util
 from pathlib import Path
@@ -237,18 +236,24 @@ def output_folder(out: Path, overwrite: bool, keep_run: bool = False) -> Iterato
 
 
 def finish_run(
-    args: argparse.Namespace, inputs: list[Path], start: float, name: str = "run.json", **more: Any
+    args: argparse.Namespace,
+    inputs: list[Path],
+    start: float,
+    name: str = "run.json",
+    hashes: dict[Path, str] | None = None,
+    **more: Any,
 ) -> None:
     """Write run.json (or `name`), the last of a step's files.
 
     `inputs` are files, outputs all files of args.out that were written since output_folder();
-    `start` is time.monotonic() at its begin; `more` is what the step wants remembered besides.
+    `start` is time.monotonic() at its begin, `hashes` sha256 that are known already; `more` is what
+    the step wants remembered besides.
     """
     mark = args.out / UNFINISHED
 
     def describe(path: Path) -> dict[str, Any]:
         rows = {"rows": path.read_bytes().count(b"\n")} if path.suffix == ".jsonl" else {}
-        return {"sha256": sha256_of(path), **rows}
+        return {"sha256": (hashes or {}).get(path) or sha256_of(path), **rows}
 
     apart = {UNFINISHED, "run.json", "apply.json", "decisions.jsonl"}
     files = (path for path in args.out.rglob("*") if path.is_file() and path.name not in apart)
@@ -256,8 +261,6 @@ def finish_run(
     outputs = sorted(path for path in files if path.stat().st_mtime_ns >= began)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     installed = [p for p in PACKAGES if util.find_spec(p.replace("-", "_"))]
-    with ThreadPoolExecutor() as pool:  # hashing sets the pace of steps that write whole models
-        known = dict(zip([*inputs, *outputs], pool.map(describe, [*inputs, *outputs]), strict=True))
     run = {
         "step": Path(sys.argv[0]).stem,
         "command": command_line(),
@@ -267,8 +270,8 @@ def finish_run(
         "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "python": sys.version.split()[0],
         "packages": {package: metadata.version(package) for package in installed},
-        "inputs": {str(path): known[path] for path in inputs},
-        "outputs": {str(path.relative_to(args.out)): known[path] for path in outputs},
+        "inputs": {str(path): describe(path) for path in inputs},
+        "outputs": {str(path.relative_to(args.out)): describe(path) for path in outputs},
         **more,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - start, 1),

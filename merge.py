@@ -73,17 +73,29 @@ class Stored(NamedTuple):
     """A tensor in a safetensors file, seen as a matrix: all dimensions but the first are one."""
 
     path: Path
-    name: str
     dtype: str  # safetensors' name of it
     shape: tuple[int, ...]
+    begin: int  # bytes from the file's start
+    end: int
+
+    def raw(self, rows: slice) -> "torch.Tensor":
+        """The bytes of these rows: uint8 [len(rows), bytes of a row]."""
+        import torch
+
+        count = (self.shape or (1,))[0]
+        top, bottom, _ = rows.indices(count)
+        block = torch.empty((bottom - top, (self.end - self.begin) // count), dtype=torch.uint8)
+        with self.path.open("rb") as file:  # not mapped: what is read is all the memory it takes
+            file.seek(self.begin + top * block.shape[1])
+            file.readinto(block.numpy())
+        return block
 
     def read(self, rows: slice = slice(None)) -> "torch.Tensor":
-        """These rows as stored: [len(rows), columns]."""
-        from safetensors import safe_open
+        """These rows: [len(rows), columns]."""
+        import torch
 
-        with safe_open(self.path, "pt") as file:  # maps the file: closed, it leaves no memory
-            part = file.get_slice(self.name)[rows] if self.shape else file.get_tensor(self.name)
-        return part.reshape(-1, math.prod(self.shape[1:]))
+        name = self.dtype.replace("BF", "bfloat").replace("F", "float")  # torch's: BF16, F32, ...
+        return self.raw(rows).view(getattr(torch, name))
 
     def blocks(self, elements: int = 0) -> Iterator[slice]:
         """Its rows in blocks of about `elements` numbers that begin at a multiple of ROWS."""
@@ -198,15 +210,23 @@ def read_json(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, in the order of their bytes."""
+    """The tensors of a safetensors file by name, in the order of their bytes.
+
+    The format: 8 bytes with the header's length, the header as JSON, then the tensors' bytes.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:  # checks types, sizes, gaps, and the file's length
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            return {n: Stored(path, n, s.get_dtype(), (*s.get_shape(),)) for n, s in slices.items()}
+            names = file.offset_keys()
     except SafetensorError as error:
         raise UserError(f"{path} is cut short or no safetensors file: {error}") from None
+    with path.open("rb") as file:
+        start = 8 + struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(start - 8))
+    places = {name: (start + at for at in header[name]["data_offsets"]) for name in names}
+    about = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in names}
+    return {name: Stored(path, *about[name], *places[name]) for name in names}
 
 
 def read_adapter(folder: Path, weight: float) -> Adapter:
@@ -233,10 +253,11 @@ def read_adapter(folder: Path, weight: float) -> Adapter:
     trained = False
     for name, stored in adapter.tensors.items():
         refuse({f"{folder}: {name} holds {stored.dtype}, not floats": stored.dtype not in EPS})
-        total = sum(stored.read(rows).double().abs().sum().item() for rows in stored.blocks())
-        refuse({f"{folder}: {name} holds NaN or infinite numbers": not math.isfinite(total)})
+        sizes = [stored.read(rows).abs().max().item() for rows in stored.blocks()]
+        finite = all(map(math.isfinite, sizes))
+        refuse({f"{folder}: {name} holds NaN or infinite numbers": not finite})
         # a fresh LoRA has B = 0, of an embedding A = 0
-        trained |= total > 0 and not re.search(r"lora_A|lora_embedding_B|base_layer", name)
+        trained |= any(sizes) and not re.search(r"lora_A|lora_embedding_B|base_layer", name)
     refuse({f"{folder} changes nothing: every B is zero (an untrained adapter)": not trained})
     return adapter
 
@@ -258,7 +279,7 @@ def read_base(name: str) -> Plan:
     refuse({f"{path}: quantised; merge into the original": "quantization_config" in config})
     listed: dict[str, Any] = {}
     if not (base / WHOLE).exists() and (base / INDEX).exists():  # the order of transformers
-        listed = read_json(base / INDEX, {"weight_map": dict}).get("weight_map") or {"": None}
+        listed = read_json(base / INDEX, {"weight_map": dict}).get("weight_map") or {"": ""}
         bad = [shard for shard in listed.values() if not re.fullmatch(r"\w[\w.-]+", str(shard))]
         refuse({f"{base / INDEX}: {bad[:1]} is no file of its folder": bad})
     shards = sorted(set(map(str, listed.values()))) or [WHOLE]
@@ -446,10 +467,12 @@ def nf4_of(stored: Stored) -> Any:
 
 
 def new_blocks(plan: Plan, name: str) -> Iterator["torch.Tensor"]:
-    """The rows of a tensor, block by block: the base's, or changed and rounded once to its type."""
+    """The bytes of a tensor, block by block: the base's, or changed and rounded once to its type."""
+    import torch
+
     stored, parts = plan.tensors[name], plan.parts.get(name, [])
     if name not in plan.changed():
-        yield from (stored.read(rows) for rows in stored.blocks())
+        yield from (stored.raw(rows) for rows in stored.blocks())
         return
     exact = len(parts) != 1 or parts[0].weight != 1 or stored.dtype == "F64"
     factors = [load_factors(part, exact) for part in parts]
@@ -470,7 +493,7 @@ def new_blocks(plan: Plan, name: str) -> Iterator["torch.Tensor"]:
         block = round_once(total, w.dtype) if exact else total.to(w.dtype)
         over = not math.isfinite(block.abs().max().item())
         refuse({f"{name}: the sum is not finite in {stored.dtype}": over})
-        yield block
+        yield block.contiguous().view(torch.uint8)
 
 
 # --- writing and proving --------------------------------------------------------------------------
@@ -482,8 +505,7 @@ def write_shard(plan: Plan, shard: str, out: Path, seed: int) -> Counter:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
     for name, stored in mine.items():
-        size = math.prod(stored.shape) * stored.read(slice(1)).element_size()
-        places = [end, end := end + size]
+        places = [end, end := end + stored.end - stored.begin]
         header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": places}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors' bytes begin at a multiple of 8
@@ -491,19 +513,43 @@ def write_shard(plan: Plan, shard: str, out: Path, seed: int) -> Counter:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in mine:
             for block in new_blocks(plan, name):
-                file.write(raw(block))
+                file.write(block.numpy())
         file.flush()
         os.fsync(file.fileno())
     written = read_header(out / shard)
     return sum((prove(plan, name, new, seed) for name, new in written.items()), Counter())
 
 
+def write_shards(plan: Plan, out: Path, seed: int) -> tuple[Counter, dict[Path, str]]:
+    """Write and prove all shards; a second thread takes the sha256 of the base's and of ours.
+
+    Blocks are small enough to stay in a core's cache: more threads per block make it slower.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    proof, pool = Counter(), ThreadPoolExecutor(1)
+    try:
+        jobs = {
+            file: pool.submit(shared.sha256_of, file)
+            for file in (plan.base / s for s in plan.shards)
+        }
+        for number, shard in enumerate(plan.shards, 1):
+            proof += write_shard(plan, shard, out, seed)
+            jobs[out / shard] = pool.submit(shared.sha256_of, out / shard)
+            print(f"shard {number} of {len(plan.shards)} is written and proved", file=sys.stderr)
+        return proof, {file: job.result() for file, job in jobs.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def prove(plan: Plan, name: str, new: Stored, seed: int) -> Counter:
     """Compare a written tensor: sampled rows with a float64 sum, or if unchanged every byte."""
     old, parts = plan.tensors[name], plan.parts.get(name, [])
     if name not in plan.changed():
-        same = all(raw(old.read(rows)) == raw(new.read(rows)) for rows in old.blocks())
-        assert same and old[2:] == new[2:], f"{name} in {new.path} is not what {old.path} holds"
+        pairs = ((old.raw(rows).numpy(), new.raw(rows).numpy()) for rows in old.blocks())
+        same = old[1:3] == new[1:3] and all(a.tobytes() == b.tobytes() for a, b in pairs)
+        assert same, f"{name} in {new.path} is not what {old.path} holds"
         return Counter(tensors_equal_to_base=1)
     factors, count = [load_factors(part, exact=True) for part in parts], (old.shape or (1,))[0]
     nf4 = nf4_of(old) if plan.dequantised and name in plan.nf4 else None
@@ -519,13 +565,6 @@ def prove(plan: Plan, name: str, new: Stored, seed: int) -> Counter:
         off = ((new.read(rows) - expected).abs() - slack).max().item()
         assert off <= 0, f"{name} in {new.path} is off by {off} in rows {rows}"
     return Counter(rows_computed_again=len(tops) * min(sample, count))
-
-
-def raw(block: "torch.Tensor") -> bytes:
-    """The bytes of a tensor."""
-    import torch
-
-    return block.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def check_logits(plan: Plan, adapter: Path, merged: Path) -> dict[str, float]:
@@ -620,7 +659,7 @@ def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) 
         linear = {n for n, s in plan.tensors.items() if len(s.shape) == 2 and layer(n) not in ENDS}
         plan.nf4 = linear if quantised else set()
     if args.partner_check:
-        check_input(args.partner_check / "run.json", "write it with python check_contamination.py")
+        check_input(args.partner_check / "pairs.jsonl", "python check_contamination.py writes it")
         pairs = len(open_pairs(args.partner_check))
         what = f"{args.partner_check}: {pairs} pairs are not decided not-a-leak"
         refuse({f"{what}; see them with python tui.py": pairs and not args.allow_contaminated})
@@ -677,11 +716,10 @@ def write_rest(plan: Plan, about: dict[str, Any], out: Path) -> None:
 @contextmanager
 def folder_aside(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place when the block ends well, and else disappears."""
-    aside = out.with_name(f".{out.name}.tmp")
+    aside, stale = out.with_name(f".{out.name}.tmp"), {}
+    if (aside / "run.json").exists() and (out / shared.UNFINISHED).exists():
+        stale = read_json(aside / "run.json", {"outputs": dict})["outputs"]  # killed while renaming
     with output_folder(aside, overwrite=True):
-        if (aside / "run.json").exists() and (out / shared.UNFINISHED).exists():
-            for name in read_json(aside / "run.json", {"outputs": dict})["outputs"]:
-                (out / name).unlink(missing_ok=True)  # of a merge that was killed while renaming
         for left in set(aside.iterdir()) - {aside / shared.UNFINISHED}:
             left.unlink()
         try:
@@ -690,6 +728,8 @@ def folder_aside(out: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(aside)
             raise
     with output_folder(out, overwrite):
+        for name in stale:
+            (out / name).unlink(missing_ok=True)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "run.json"):
             os.replace(path, out / path.name)
     aside.rmdir()
@@ -729,12 +769,14 @@ def main(argv: list[str] | None = None) -> None:
     about: dict[str, Any] = {"settings": vars(args), "base_model": args.base_model}
     about |= {"adapters": [training_of(a, warnings) for a in adapters], "warnings": warnings}
     before = read_json(p, {"lineage": list}) if (p := plan.base / "run.json").exists() else {}
-    step = {"base_model": args.base_model, "adapters": [a["folder"] for a in about["adapters"]]}
+    step = {
+        "base_model": args.base_model,
+        "adapters": {a["folder"]: a["weight"] for a in about["adapters"]},
+    }
     about["lineage"] = [*(before.get("lineage") or []), step]
     print(*(f"warning: {warning}" for warning in warnings), sep="\n", file=sys.stderr)
     with folder_aside(args.out, args.overwrite) as aside:
-        proofs = [write_shard(plan, shard, aside, args.seed) for shard in plan.shards]
-        about["proof"] = sum(proofs, Counter())
+        about["proof"], hashes = write_shards(plan, aside, args.seed)
         about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
         if plan.norms:
             print(norms := norm_table(plan))
@@ -745,7 +787,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs = [plan.base / shard for shard in plan.shards]
         inputs += [adapter.folder / "adapter_model.safetensors" for adapter in adapters]
         inside = argparse.Namespace(**{**vars(args), "out": aside})
-        shared.finish_run(inside, inputs, started, **about)
+        shared.finish_run(inside, inputs, started, hashes=hashes, **about)
     print(f"wrote {args.out}: {len(plan.changed())} of {len(plan.tensors)} tensors changed. Next:")
     print(
         shlex.join(["python", "evaluate.py", "--model", args.base_model, "--model", str(args.out)])

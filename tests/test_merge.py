@@ -274,3 +274,525 @@ def test_check_logits_sees_a_fault(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="--check-logits"):
         run_merge(base, tmp_path / "m", "--adapter", adapter, "--check-logits")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+# --- the folder: lineage, card, proof -------------------------------------------------------------
+
+
+def test_chains_keep_their_lineage_and_cards_their_own_words(tmp_path) -> None:
+    base = make_base(tmp_path / "base", torch.float32)
+    (base / "README.md").write_text("---\nlicense: llama2\n---\n# The base's own card\n")
+    (base / "LICENSE.txt").write_text("Community licence")
+    one, two = (make_adapter(tmp_path / str(seed), base, seed) for seed in (1, 2))
+    run_merge(base, tmp_path / "m", "--adapter", one)
+    run = run_merge(tmp_path / "m", tmp_path / "n", "--adapter", f"{two}:0.5")
+    assert [step["base_model"] for step in run["lineage"]] == [str(base), str(tmp_path / "m")]
+    assert [step["adapters"] for step in run["lineage"]] == [{str(one): 1}, {str(two): 0.5}]
+    card = (tmp_path / "m/README.md").read_text()
+    assert "llama2" in card and "own card" not in card and str(one) in card
+    assert (tmp_path / "n/LICENSE.txt").read_text() == "Community licence"
+    assert {"README.md", "run.json", "config.json"} < {p.name for p in (tmp_path / "n").iterdir()}
+    assert run["adapters"][0]["sha256"] and run["proof"]["tensors_equal_to_base"] == 11
+
+
+@pytest.mark.parametrize("spoil", ["copied", "changed"])
+def test_the_proof_finds_one_wrong_number(tmp_path, monkeypatch, spoil: str) -> None:
+    """One number, in a row that is sampled, or anywhere in a tensor that was only copied."""
+    base = make_base(tmp_path / "base", torch.float32)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    blocks = merge.new_blocks
+
+    def spoilt(plan, name):
+        for number, block in enumerate(blocks(plan, name)):
+            if number == 0 and (spoil == "changed") == (name in plan.changed()):
+                block[0 if spoil == "changed" else -1, -2] += 1  # the third byte of a float32
+            yield block
+
+    monkeypatch.setattr(merge, "new_blocks", spoilt)
+    with pytest.raises(AssertionError, match="is off by" if spoil == "changed" else "is not what"):
+        run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+# --- another base, a partner, 4-bit training ------------------------------------------------------
+
+
+def fingerprinted(adapter: Path, base: Path, load_in_4bit: bool = False) -> Path:
+    known = {**base_fingerprint(base), "base_model": str(base), "load_in_4bit": load_in_4bit}
+    (adapter / "base_fingerprint.json").write_text(json.dumps(known))
+    return adapter
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path, Path]:
+    """A base, an adapter that knows it, and another fine-tune of the base."""
+    base = make_base(tmp_path / "base", torch.bfloat16)
+    adapter = fingerprinted(make_adapter(tmp_path / "adapter", base), base)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tensors = {n: t + 0.01 if t.dim() > 1 else t for n, t in weights(base).items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    return base, adapter, other
+
+
+def test_the_base_is_known_by_its_fingerprint(pair, tmp_path, capsys) -> None:
+    base, adapter, other = pair
+    run = run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert "fingerprints agree" in capsys.readouterr().out
+    assert len(run["warnings"]) == 1 and "flagged" in run["warnings"][0]
+    with pytest.raises(UserError, match="add --foreign-base"):
+        run_merge(other, tmp_path / "n", "--adapter", adapter)
+    run = run_merge(other, tmp_path / "n", "--adapter", adapter, "--foreign-base")
+    table = "\n".join(run["norms"])
+    assert table in capsys.readouterr().out and "layer 0" in table and "layer 1" in table
+    assert any("another tensors" in warning for warning in run["warnings"])
+    assert any("--partner-check" in warning for warning in run["warnings"])
+    assert "--partner-check" in (tmp_path / "n/README.md").read_text()
+    assert torch.equal(
+        weights(tmp_path / "n")["model.layers.0.mlp.up_proj.weight"],
+        merged_by_peft(other, adapter, torch.bfloat16)["model.layers.0.mlp.up_proj.weight"],
+    )
+    (adapter / "base_fingerprint.json").unlink()
+    run = run_merge(other, tmp_path / "o", "--adapter", adapter)
+    assert any("base_fingerprint.json" in warning for warning in run["warnings"])
+
+
+def squares(adapter: Path, base: dict, layer: str) -> tuple[float, float]:
+    """Sums of squares of the changed weights of a layer, and of their changes."""
+    tensors, found = load_file(adapter / "adapter_model.safetensors"), [0.0, 0.0]
+    for key in (k for k in tensors if layer in k and "lora_A" in k):
+        stem = key.removesuffix(".lora_A.weight")
+        change = 6 / 4 * (tensors[f"{stem}.lora_B.weight"].double() @ tensors[key].double())
+        found[1] += change.square().sum().item()
+        name = stem.removeprefix("base_model.model.") + ".weight"
+        found[0] += base[name].double().square().sum().item()
+    return found[0], found[1]
+
+
+def test_norms_of_the_table(pair, tmp_path) -> None:
+    _, adapter, other = pair
+    run = run_merge(other, tmp_path / "n", "--adapter", adapter, "--foreign-base")
+    row = next(line for line in run["norms"] if "layer 1" in line)
+    shown = [float(cell) for cell in row.split("|")[2:5]]
+    w, change = (square**0.5 for square in squares(adapter, weights(other), "layers.1."))
+    assert shown == pytest.approx([w, change, change / w], rel=1e-3)
+
+
+def test_another_architecture_is_refused(pair, tmp_path) -> None:
+    _, adapter, other = pair
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    with pytest.raises(UserError, match="model_type llama -> mistral"):
+        run_merge(other, tmp_path / "n", "--adapter", adapter, "--foreign-base")
+
+
+def contaminated(folder: Path, decided: bool) -> Path:
+    """What check_contamination.py leaves: two pairs, of which one is decided, or both."""
+    folder.mkdir()
+    pairs = [{"pair_id": f"p{i}", "train_id": f"t{i}"} for i in range(2)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    verdicts = [{"pair_id": p["pair_id"], "verdict": "not-a-leak"} for p in pairs[: 1 + decided]]
+    (folder / "decisions.jsonl").write_text("".join(json.dumps(v) + "\n" for v in verdicts))
+    (folder / "run.json").write_text("{}")
+    return folder
+
+
+def test_the_papers_rule_about_partners(pair, tmp_path) -> None:
+    _, adapter, other = pair
+    dirty, clean = contaminated(tmp_path / "dirty", False), contaminated(tmp_path / "clean", True)
+    args = ["--adapter", adapter, "--foreign-base", "--partner-check"]
+    with pytest.raises(UserError, match="1 pairs are not decided not-a-leak"):
+        run_merge(other, tmp_path / "n", *args, dirty)
+    run = run_merge(other, tmp_path / "n", *args, dirty, "--allow-contaminated")
+    assert any("1 pairs" in warning for warning in run["warnings"])
+    assert "1 pairs" in (tmp_path / "n/README.md").read_text()
+    run = run_merge(other, tmp_path / "o", *args, clean)
+    assert not any("pairs" in w or "partner" in w for w in run["warnings"]), run["warnings"]
+    with pytest.raises(UserError, match="pairs.jsonl"):
+        run_merge(other, tmp_path / "p", *args, tmp_path / "nowhere")
+
+
+def test_training_on_flagged_rows_is_written_down(pair, tmp_path) -> None:
+    base, adapter, _ = pair
+    folder = contaminated(tmp_path / "contamination", False)
+    data = folder / "clean.jsonl"
+    rows = [{"id": "t1", "licence": "MIT"}, {"id": "t9", "licence": "MIT"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = {str(data): {"sha256": merge.shared.sha256_of(data)}}
+    (adapter / "run.json").write_text(json.dumps({"step": "finetune", "inputs": known}))
+    run = run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert run["adapters"][0]["flagged_rows"] == 1 and run["adapters"][0]["licences"] == {"MIT": 2}
+    assert any("1 rows that are flagged" in warning for warning in run["warnings"])
+    card = (tmp_path / "m/README.md").read_text()
+    assert "flagged" in card and "MIT" in card and known[str(data)]["sha256"] in card
+    with (folder / "decisions.jsonl").open("a") as log:
+        log.write(json.dumps({"pair_id": "p1", "verdict": "not-a-leak"}) + "\n")
+    assert run_merge(base, tmp_path / "n", "--adapter", adapter)["warnings"] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_nf4_took_away(tmp_path, monkeypatch) -> None:
+    from bitsandbytes import functional
+
+    monkeypatch.setattr(merge, "BLOCK_ELEMENTS", 1024)
+    base = make_base(tmp_path / "base", torch.bfloat16)
+    adapter = fingerprinted(make_adapter(tmp_path / "adapter", base), base, load_in_4bit=True)
+    plain, coarse = (["--adapter", adapter, *more] for more in ([], ["--dequantised-base"]))
+    run = run_merge(base, tmp_path / "m", *plain)
+    before, ours = weights(base), weights(tmp_path / "m")
+    expected = merged_by_peft(base, adapter, torch.bfloat16)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
+    dequantised, error = {}, 0.0
+    for name, tensor in before.items():
+        if tensor.dim() == 2 and "embed" not in name and "head" not in name:
+            codes, state = functional.quantize_4bit(
+                tensor, quant_type="nf4", blocksize=64, compress_statistics=True
+            )
+            dequantised[name] = functional.dequantize_4bit(codes, state)
+            if "layers.0" in name and not torch.equal(ours[name], tensor):
+                error += (dequantised[name].float() - tensor).square().sum().item()
+    row = next(line for line in run["norms"] if "layer 0" in line)
+    _, change = squares(adapter, before, "layers.0.")
+    assert float(row.split("|")[6]) == pytest.approx((error / change) ** 0.5, rel=1e-3)
+    run_merge(base, tmp_path / "n", *coarse)
+    ours = weights(tmp_path / "n")
+    save_file({**before, **dequantised}, base / "model.safetensors", metadata={"format": "pt"})
+    expected = merged_by_peft(base, adapter, torch.bfloat16)
+    assert len(dequantised) == 14
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
+    fingerprinted(adapter, base)
+    with pytest.raises(UserError, match="not trained on NF4"):
+        run_merge(base, tmp_path / "o", *coarse)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base in shards and an adapter, to be copied and spoilt."""
+    folder = tmp_path_factory.mktemp("small")
+    base = make_base(folder / "base", torch.bfloat16, shards=True)
+    return base, make_adapter(folder / "adapter", base)
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(path: Path, change) -> None:
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def header(path: Path, **changes) -> None:
+    """Put other fields into the entry of a safetensors file's first tensor."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + length])
+    entries[next(name for name in entries if name != "__metadata__")] |= changes
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def first_shard(base: Path) -> Path:
+    return sorted(base.glob("*.safetensors"))[0]
+
+
+CONFIG, INDEX = "adapter_config.json", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+A0 = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+B0 = A0.replace("lora_A", "lora_B")
+BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the message)
+    "no config": (lambda b, a: (a / CONFIG).unlink(), "adapter_config.json is missing"),
+    "config no JSON": (lambda b, a: (a / CONFIG).write_text("{"), "is not JSON"),
+    "config not UTF-8": (lambda b, a: (a / CONFIG).write_bytes(b"\xff\xfe{}"), "is not JSON"),
+    "config a list": (lambda b, a: (a / CONFIG).write_text("[]"), "holds a list"),
+    "config deep": (lambda b, a: (a / CONFIG).write_text("[" * 99999), "is not JSON"),
+    "unknown kind": (lambda b, a: edit_json(a / CONFIG, peft_type="LOHA"), "LOHA adapter; only"),
+    "kind a number": (lambda b, a: edit_json(a / CONFIG, peft_type=3), "peft_type cannot be 3"),
+    "kind a list": (lambda b, a: edit_json(a / CONFIG, peft_type=["LORA"]), "peft_type cannot be"),
+    "rank text": (lambda b, a: edit_json(a / CONFIG, r="4"), "r cannot be '4'"),
+    "rank true": (lambda b, a: edit_json(a / CONFIG, r=True), "r cannot be True"),
+    "rank null": (lambda b, a: edit_json(a / CONFIG, r=None), "is not a rank"),
+    "rank 0": (lambda b, a: edit_json(a / CONFIG, r=0), "is not a rank"),
+    "wrong rank": (lambda b, a: edit_json(a / CONFIG, r=8), "not of rank 8"),
+    "alpha infinite": (lambda b, a: edit_json(a / CONFIG, lora_alpha=1e999), "is not a rank or an"),
+    "pattern a list": (lambda b, a: edit_json(a / CONFIG, rank_pattern=[1]), "rank_pattern cannot"),
+    "pattern no regex": (lambda b, a: edit_json(a / CONFIG, rank_pattern={"(": 1}), "rank_pattern"),
+    "pattern of text": (lambda b, a: edit_json(a / CONFIG, alpha_pattern={"x": "y"}), "not a rank"),
+    "dora a text": (lambda b, a: edit_json(a / CONFIG, use_dora="no"), "use_dora cannot be 'no'"),
+    "dora missing": (lambda b, a: edit_json(a / CONFIG, use_dora=True), "do not fit each other"),
+    "parameters": (
+        lambda b, a: edit_json(a / CONFIG, target_parameters=["experts"]),
+        "target_parameters",
+    ),
+    "pissa": (lambda b, a: edit_json(a / CONFIG, init_lora_weights="pissa"), "changed the base"),
+    "pickled adapter": (
+        lambda b, a: (a / ADAPTER).rename(a / "adapter_model.bin"),
+        "convert it: python -c",
+    ),
+    "no weights": (lambda b, a: (a / ADAPTER).unlink(), "adapter_model.safetensors is missing"),
+    "adapter cut": (lambda b, a: cut(a / ADAPTER, 5000), "cut short"),
+    "adapter empty": (lambda b, a: cut(a / ADAPTER, 0), "cut short"),
+    "surplus key": (
+        lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, "surplus": torch.zeros(1)}),
+        "1 of its 21 tensors would be ignored: ['surplus']",
+    ),
+    "B missing": (
+        lambda b, a: edit_tensors(a / ADAPTER, lambda t: {k: t[k] for k in t if k != B0}),
+        "1 of its 19 tensors would be ignored",
+    ),
+    "magnitude without dora": (
+        lambda b, a: edit_tensors(
+            a / ADAPTER,
+            lambda t: {**t, A0.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(224)},
+        ),
+        "would be ignored",
+    ),
+    "one-dimensional A": (
+        lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, A0: torch.ones(4)}),
+        "do not fit each other",
+    ),
+    "whole numbers": (
+        lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, A0: t[A0].int()}),
+        "holds I32, not floats",
+    ),
+    "NaN": (
+        lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, A0: t[A0] * torch.nan}),
+        "NaN or infinite",
+    ),
+    "untrained": (
+        lambda b, a: edit_tensors(
+            a / ADAPTER, lambda t: {k: t[k] * ("lora_A" in k) for k in t}
+        ),
+        "changes nothing",
+    ),
+    "too large": (
+        lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, A0: t[A0] * 1e25, B0: t[B0] * 1e25}),
+        "the sum is not finite in BF16",
+    ),
+    "no base config": (lambda b, a: (b / "config.json").unlink(), "config.json is missing"),
+    "tied a text": (
+        lambda b, a: edit_json(b / "config.json", tie_word_embeddings="yes"),
+        "tie_word_embeddings cannot be 'yes'",
+    ),
+    "quantised base": (
+        lambda b, a: edit_json(b / "config.json", quantization_config={"quant_method": "gptq"}),
+        "quantised; merge into the original",
+    ),
+    "int8 base": (
+        lambda b, a: [
+            edit_tensors(p, lambda t: {k: t[k].to(torch.int8) for k in t})
+            for p in b.glob("*.safetensors")
+        ],
+        "holds I8, not floats; merge into the 16-bit original",
+    ),
+    "missing shard": (lambda b, a: first_shard(b).unlink(), "has no model-00001-of-"),
+    "shard cut": (lambda b, a: cut(first_shard(b), 30000), "cut short"),
+    "shard header cut": (lambda b, a: cut(first_shard(b), 40), "cut short"),
+    "header shape": (lambda b, a: header(first_shard(b), shape="x"), "no safetensors file"),
+    "header offsets": (lambda b, a: header(first_shard(b), data_offsets=[5, 1]), "no safetensors"),
+    "header type": (lambda b, a: header(first_shard(b), dtype=7), "no safetensors file"),
+    "index no JSON": (lambda b, a: (b / INDEX).write_text("nope"), "is not JSON"),
+    "index a list": (lambda b, a: edit_json(b / INDEX, weight_map=["x"]), "weight_map cannot be"),
+    "index empty": (lambda b, a: edit_json(b / INDEX, weight_map={}), "is no file of its folder"),
+    "index of numbers": (lambda b, a: edit_json(b / INDEX, weight_map={"x": 3}), "[3] is no file"),
+    "index outside": (
+        lambda b, a: edit_json(b / INDEX, weight_map={"x": "../y.safetensors"}),
+        "is no file of its folder",
+    ),
+    "index wrong": (
+        lambda b, a: edit_json(b / INDEX, weight_map={"absent": first_shard(b).name}),
+        "['absent'] is not in the shard",
+    ),
+    "pickled base": (
+        lambda b, a: [p.rename(p.with_suffix(".bin")) for p in b.glob("*.safetensors")],
+        "convert its pickles: python -c",
+    ),
+    "finetune unfinished": (
+        lambda b, a: (a / ".unfinished").write_text("python finetune.py"),
+        "finish it with python finetune.py",
+    ),
+    "fingerprint no JSON": (
+        lambda b, a: (a / "base_fingerprint.json").write_text("?"),
+        "base_fingerprint.json is not JSON",
+    ),
+    "run.json a list": (lambda b, a: (a / "run.json").write_text("[]"), "run.json holds a list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_is_one_line_and_leaves_nothing(small, tmp_path, case: str) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(small[0], base), shutil.copytree(small[1], adapter)
+    spoil, words = BAD[case]
+    spoil(base, adapter)
+    with pytest.raises(UserError) as refused:
+        run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert words in str(refused.value) and "\n" not in str(refused.value), refused.value
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_wrong_bases_are_refused(small, tmp_path) -> None:
+    base, adapter = small
+    for changes, words in {
+        "wide": (
+            {"intermediate_size": 256},
+            "down_proj.weight is [96, 256] there, not [[96, 224]]",
+        ),
+        "shallow": ({"num_hidden_layers": 1}, "layers.1"),
+        "narrow": ({"hidden_size": 64, "head_dim": 24}, "does not fit"),
+    }.values():
+        other = make_base(tmp_path / words[:4], torch.bfloat16, **changes)
+        with pytest.raises(UserError, match="does not fit") as refused:
+            run_merge(other, tmp_path / "m", "--adapter", adapter)
+        assert words in str(refused.value)
+    grown = make_base(tmp_path / "grown", torch.bfloat16, vocab_size=164)
+    ends = make_adapter(tmp_path / "ends", base, **ENDS)
+    with pytest.raises(UserError, match="another vocabulary"):
+        run_merge(grown, tmp_path / "m", "--adapter", ends)
+
+
+def test_flags_and_places(small, tmp_path) -> None:
+    """As a user types them: exit code 2, one line, and the folder as it was."""
+    base, adapter = small
+    usual = ["--adapter", adapter, "--base-model", base, "--out", tmp_path / "m"]
+    for args, words in (
+        (["--limit", "3"], "--limit does not apply"),
+        (["--device", "cuda"], "merging runs on the cpu"),
+        (["--allow-contaminated"], "--partner-check"),
+        (["--partner-check", tmp_path / "none"], "none/pairs.jsonl is missing"),
+        (["--check-logits", "--adapter", f"{adapter}:2"], "one adapter of weight 1"),
+        (["--adapter", f"{adapter}:much"], "'much' is not a number"),
+        (["--adapter", f"{adapter}:0"], "not a number other than 0"),
+        (["--adapter", f"{adapter}:nan"], "not a number other than 0"),
+        (["--adapter", tmp_path / "none"], "none is missing"),
+        (["--base-model", tmp_path / "none"], "is no folder and no hub id"),
+        (["--base-model", "./none"], "is no folder and no hub id"),
+        (["--base-model", "demo/none"], "is no folder and no hub id"),
+        (["--out", base / "inside"], "lies inside"),
+        (["--out", adapter], "is the folder of an input"),
+        (["--out", base / "config.json"], "is a file"),
+        (["--merge-it"], "--merge-it"),
+    ):  # fmt: skip
+        done = run_script("merge", *usual, *args)
+        assert_refused(done, words)
+        assert "HF_TOKEN" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir()) and not (base / "inside").exists()
+    done = run_script("merge", *usual, "--base-model", "nobody/nothing")
+    assert_refused(done, "nobody/nothing cannot be loaded", "HF_TOKEN")
+
+
+def test_a_finished_model_is_kept_until_the_new_one_is_proved(small, tmp_path, monkeypatch) -> None:
+    base, adapter = small
+    out = tmp_path / "m"
+    run_merge(base, out, "--adapter", adapter)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match="--overwrite"):
+        run_merge(base, out, "--adapter", adapter)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(UserError, match="GB needed, 0.0 free"):
+        run_merge(base, out, "--adapter", adapter, "--overwrite")
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "mine.txt").write_text("a note of mine")
+    run_merge(base, out, "--adapter", f"{adapter}:2", "--overwrite")
+    assert (out / "mine.txt").exists() and (out / "README.md").read_bytes() != before["README.md"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_full_disk_in_the_middle_leaves_nothing(small, tmp_path) -> None:
+    base, adapter = small
+    args = ["--adapter", adapter, "--base-model", base, "--out", tmp_path / "m"]
+    command = [sys.executable, ROOT / "merge.py", *args]
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *map(str, command)]  # 100 kB
+    assert_refused(subprocess.run(limited, capture_output=True, text=True), "File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def in_child(work, wait: float, stop: int) -> int:
+    """Run work() in a forked child that gets the signal `stop` after `wait` seconds."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            work()
+            os._exit(0)
+        except KeyboardInterrupt:
+            os._exit(130)
+        except BaseException:
+            os._exit(1)
+    time.sleep(wait)
+    os.kill(child, stop)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_killed_merges_leave_the_old_model_or_the_new_one(small, tmp_path, stop) -> None:
+    base, adapter = small
+    out = tmp_path / "m"
+
+    def work(weight: int, *more: str) -> dict:
+        return run_merge(base, out, "--adapter", f"{adapter}:{weight}", *more)
+
+    torch.set_num_threads(1)  # a forked child has no other threads
+    began = time.monotonic()
+    work(1)
+    whole = time.monotonic() - began
+    codes = set()
+    for trial in range(12):
+        codes.add(in_child(lambda: work(2, "--overwrite"), whole * trial / 3, stop))
+        if not (out / ".unfinished").exists():
+            run = json.loads((out / "run.json").read_text())
+            for name, about in run["outputs"].items():
+                assert merge.shared.sha256_of(out / name) == about["sha256"]
+        if stop == signal.SIGINT:
+            assert not (tmp_path / ".m.tmp").exists()
+    assert codes == {-9 if stop == signal.SIGKILL else 130, 0}
+    (tmp_path / ".m.tmp").mkdir(exist_ok=True)  # as if killed in the middle
+    (tmp_path / ".m.tmp/.unfinished").write_text("python merge.py")
+    (tmp_path / ".m.tmp/half.safetensors").write_text("half")
+    work(3, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert not any(path.name.startswith(".") for path in out.iterdir())
+
+
+def test_killed_while_renaming(small, tmp_path, monkeypatch) -> None:
+    """Files of the killed merge that the next one does not write again do not stay in the folder."""
+    base, adapter = small
+    out, replace, count = tmp_path / "m", os.replace, [0]
+
+    def killed(source: Path, target: Path) -> None:
+        count[0] += target.parent == out
+        if count[0] == 4:
+            os._exit(9)
+        replace(source, target)
+
+    child = os.fork()
+    if child == 0:
+        os.replace = killed
+        run_merge(base, out, "--adapter", adapter)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (out / ".unfinished").exists() and list(out.glob("*.safetensors")) == [] or True
+    single = make_base(tmp_path / "single", torch.bfloat16)
+    run_merge(single, out, "--adapter", adapter)
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "single"}
+
+
+def test_two_merges_into_one_folder_are_kept_apart(small, tmp_path) -> None:
+    from build_dataset import output_folder
+
+    base, adapter = small
+    with output_folder(tmp_path / ".m.tmp", overwrite=False):
+        with pytest.raises(UserError, match="another process"):
+            run_merge(base, tmp_path / "m", "--adapter", adapter)
+        assert (tmp_path / ".m.tmp/.unfinished").exists()
