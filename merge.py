@@ -452,16 +452,17 @@ def nf4_of(stored: Stored) -> Any:
     import torch
     from bitsandbytes import functional as bnb
 
-    blocks = (stored.read(rows) for rows in stored.blocks())
+    # as one row: bitsandbytes' CPU code misreads 64 weights that go over the end of a row
+    blocks = (stored.read(rows).view(1, -1) for rows in stored.blocks())
     scales = torch.cat([bnb.quantize_4bit(block, **NF4)[1].absmax for block in blocks])
     mean = scales.mean()
     scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256)) + mean
 
     def convert(w: "torch.Tensor", top: int) -> "torch.Tensor":
-        codes, state = bnb.quantize_4bit(w.contiguous(), **NF4)
+        codes, state = bnb.quantize_4bit(w.view(1, -1), **NF4)
         first = top * w.shape[1] // NF4["blocksize"]
         state.absmax = scales[first : first + len(state.absmax)]
-        return bnb.dequantize_4bit(codes, state)
+        return bnb.dequantize_4bit(codes, state).view(w.shape)
 
     return convert
 
@@ -720,9 +721,9 @@ def folder_aside(out: Path, overwrite: bool) -> Iterator[Path]:
     if (aside / "run.json").exists() and (out / shared.UNFINISHED).exists():
         stale = read_json(aside / "run.json", {"outputs": dict})["outputs"]  # killed while renaming
     with output_folder(aside, overwrite=True):
-        for left in set(aside.iterdir()) - {aside / shared.UNFINISHED}:
-            left.unlink()
         try:
+            for left in set(aside.iterdir()) - {aside / shared.UNFINISHED}:
+                left.unlink()
             yield aside
         except BaseException:
             shutil.rmtree(aside)

@@ -435,7 +435,8 @@ def test_what_nf4_took_away(tmp_path, monkeypatch) -> None:
     from bitsandbytes import functional
 
     monkeypatch.setattr(merge, "BLOCK_ELEMENTS", 1024)
-    base = make_base(tmp_path / "base", torch.bfloat16)
+    wide = {"hidden_size": 128, "intermediate_size": 192}  # bitsandbytes errs elsewhere on CPUs
+    base = make_base(tmp_path / "base", torch.bfloat16, **wide)
     adapter = fingerprinted(make_adapter(tmp_path / "adapter", base), base, load_in_4bit=True)
     plain, coarse = (["--adapter", adapter, *more] for more in ([], ["--dequantised-base"]))
     run = run_merge(base, tmp_path / "m", *plain)
@@ -753,8 +754,6 @@ def test_killed_merges_leave_the_old_model_or_the_new_one(small, tmp_path, stop)
             run = json.loads((out / "run.json").read_text())
             for name, about in run["outputs"].items():
                 assert merge.shared.sha256_of(out / name) == about["sha256"]
-        if stop == signal.SIGINT:
-            assert not (tmp_path / ".m.tmp").exists()
     assert codes == {-9 if stop == signal.SIGKILL else 130, 0}
     (tmp_path / ".m.tmp").mkdir(exist_ok=True)  # as if killed in the middle
     (tmp_path / ".m.tmp/.unfinished").write_text("python merge.py")
@@ -762,6 +761,21 @@ def test_killed_merges_leave_the_old_model_or_the_new_one(small, tmp_path, stop)
     work(3, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert not any(path.name.startswith(".") for path in out.iterdir())
+
+
+def test_ctrl_c_takes_the_half_written_away(small, tmp_path, monkeypatch) -> None:
+    base, adapter = small
+    write = merge.write_shard
+
+    def interrupted(plan, shard, *args):
+        if shard != plan.shards[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(plan, shard, *args)
+
+    monkeypatch.setattr(merge, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_while_renaming(small, tmp_path, monkeypatch) -> None:
