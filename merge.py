@@ -28,7 +28,7 @@ import shutil
 import struct
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,7 +43,7 @@ from check_contamination import check_input, markdown_table, read_decisions, rea
 if TYPE_CHECKING:
     import torch
 
-BLOCK_ELEMENTS = 1 << 20  # of a tensor in work at a time: 4 MB in float32
+BLOCK_ELEMENTS = 1 << 19  # of a tensor in work at a time: 2 MB in float32, a core's L2 cache
 ROWS = 64  # blocks start at a multiple of this: BLAS sums in another order where B is unaligned
 SAMPLED = 4  # neighbouring rows computed again in each of three places of a changed tensor
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,6 +66,7 @@ UNSUPPORTED = (  # PEFT's settings under which an adapter is more than W + scale
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base
 NF4 = {"quant_type": "nf4", "blocksize": 64}  # QLoRA's; 256 of its scales share a scale in turn
 FACTS = "model_type vocab_size hidden_size num_hidden_layers dtype tie_word_embeddings".split()
+Adapter = namedtuple("Adapter", "folder weight config tensors")  # tensors: {key: Stored}
 PROBE = "Below is an instruction that describes a task. At which temperature does water boil?"
 
 
@@ -117,15 +118,6 @@ class Part(NamedTuple):
     transposed: bool = False  # W has the shape of (B @ A).T: embeddings and Conv1D
 
 
-class Adapter(NamedTuple):
-    """An adapter folder that was found whole."""
-
-    folder: Path
-    weight: float
-    config: dict[str, Any]
-    tensors: dict[str, Stored]
-
-
 @dataclass
 class Plan:
     """What becomes of the base's tensors."""
@@ -151,8 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("models").add_argument
     text = "adapter folder, times WEIGHT (default 1); repeatable (default: out/adapter)"
     add("--adapter", action="append", metavar="DIR[:WEIGHT]", help=text)
-    text = "folder or hub id (default: the one that the adapter names)"
-    add("--base-model", metavar="MODEL", help=text)
+    add("--base-model", metavar="MODEL", help="folder or hub id (default: the adapter's own)")
     text = "add an adapter trained on NF4 to what NF4 made of the base (default: to the base)"
     add("--dequantised-base", action="store_true", help=text)
     add = parser.add_argument_group("checks").add_argument
@@ -162,7 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--partner-check", type=Path, metavar="DIR", help=text)
     text = "merge although pairs in --partner-check are not decided not-a-leak (paper: never)"
     add("--allow-contaminated", action="store_true", help=text)
-    text = "compare the merged model's logits with base + adapter's (loads one at a time)"
+    text = "compare logits with those of base + adapter (loads one model at a time)"
     add("--check-logits", action="store_true", help=text)
     args = parser.parse_args(argv)
     args.adapter = [split_weight(item) for item in args.adapter or ["out/adapter"]]
@@ -332,10 +323,8 @@ def add_adapter(adapter: Adapter, plan: Plan) -> None:
     for key in sorted(left):
         if name := base_name(key.replace(".base_layer.", "."), plan):
             parts[name] = parts.get(name, Part(adapter.weight))._replace(saved=left.pop(key))
-    names = (
-        f"{len(left)} of its {len(adapter.tensors)} tensors would be ignored: {sorted(left)[:5]}"
-    )
-    refuse({f"{adapter.folder} does not fit {plan.base}: {names}": left})
+    what = f"{len(left)} of its {len(adapter.tensors)} tensors would be ignored"
+    refuse({f"{adapter.folder} does not fit {plan.base}: {what}: {sorted(left)[:5]}": left})
     for name, part in parts.items():
         plan.parts.setdefault(name, []).append(fit_part(adapter, name, part, plan))
     # PEFT adds the LoRA of either to the one tensor that both are, so that the other changes too;
@@ -409,10 +398,12 @@ def part_rows(part: Part, factors: list, w: "torch.Tensor", rows: slice) -> "tor
     total *= part.scale
     if part.embedding and magnitude is None:
         return w + total.to(w.dtype)
+    if magnitude is None:
+        return total.add_(w)
     total = w + total  # in W's own memory layout, on which the order of summing the norms depends
-    if magnitude is not None:  # DoRA: every output's norm is set; rows of a transposed W are inputs
-        outputs, wanted = (total.T, magnitude) if part.transposed else (total, magnitude[rows])
-        outputs *= wanted / outputs.norm(dim=1, keepdim=True)
+    # DoRA sets the norm of every output; the rows of a transposed W are inputs
+    outputs, wanted = (total.T, magnitude) if part.transposed else (total, magnitude[rows])
+    outputs *= wanted / outputs.norm(dim=1, keepdim=True)
     return total
 
 
@@ -468,7 +459,7 @@ def nf4_of(stored: Stored) -> Any:
 
 
 def new_blocks(plan: Plan, name: str) -> Iterator["torch.Tensor"]:
-    """The bytes of a tensor, block by block: the base's, or changed and rounded once to its type."""
+    """The bytes of a tensor by blocks of rows: the base's, or changed and rounded once."""
     import torch
 
     stored, parts = plan.tensors[name], plan.parts.get(name, [])
@@ -482,17 +473,15 @@ def new_blocks(plan: Plan, name: str) -> Iterator["torch.Tensor"]:
         w = stored.read(rows)
         coarse = nf4(w, rows.start) if nf4 else w
         base = coarse if plan.dequantised else w
-        if exact:
-            total = exact_rows(parts, factors, base, rows)
-        else:
-            total = part_rows(parts[0], factors[0], base, rows)
+        sums = (parts, factors) if exact else (parts[0], factors[0])
+        total = (exact_rows if exact else part_rows)(*sums, base, rows)
         if plan.norms is not None and parts:
             number = re.search(r"\.(\d+)\.", name)
-            sums = plan.norms.setdefault(f"layer {number[1]}" if number else layer(name), [0.0] * 3)
+            found = plan.norms.setdefault(f"layer {number[1]}" if number else name, [0.0] * 3)
             for i, term in enumerate((base, total - base, coarse - w)):
-                sums[i] += term.double().square().sum().item()
+                found[i] += term.double().square().sum().item()
         block = round_once(total, w.dtype) if exact else total.to(w.dtype)
-        over = not math.isfinite(block.abs().max().item())
+        over = not all(math.isfinite(end.item()) for end in block.aminmax())
         refuse({f"{name}: the sum is not finite in {stored.dtype}": over})
         yield block.contiguous().view(torch.uint8)
 
@@ -531,10 +520,8 @@ def write_shards(plan: Plan, out: Path, seed: int) -> tuple[Counter, dict[Path, 
     torch.set_num_threads(1)
     proof, pool = Counter(), ThreadPoolExecutor(1)
     try:
-        jobs = {
-            file: pool.submit(shared.sha256_of, file)
-            for file in (plan.base / s for s in plan.shards)
-        }
+        bases = [plan.base / shard for shard in plan.shards]
+        jobs = {file: pool.submit(shared.sha256_of, file) for file in bases}
         for number, shard in enumerate(plan.shards, 1):
             proof += write_shard(plan, shard, out, seed)
             jobs[out / shard] = pool.submit(shared.sha256_of, out / shard)
@@ -622,6 +609,7 @@ def training_of(adapter: Adapter, warnings: list[str]) -> dict[str, Any]:
                 if Path(data).with_name("pairs.jsonl").exists():
                     leaks = set(open_pairs(Path(data).parent).values())
                     about["flagged_rows"] = sum(row.get("id") in leaks for row in rows)
+                    about["contamination"] = str(Path(data).parent)
     if many := about.get("flagged_rows", "an unknown number of"):
         warnings.append(f"{adapter.folder} was trained on {many} rows that are flagged as leaks")
     return about
@@ -703,9 +691,8 @@ def write_rest(plan: Plan, about: dict[str, Any], out: Path) -> None:
     licence = re.findall(r"^license\w*: *(.+)$", text, re.MULTILINE) or ["not stated in its card"]
     lines = ["# A merged model", f"Licence of the base: {', '.join(licence)}. It and those of the "
              "training data apply to this model. `run.json` holds all hashes."]  # fmt: skip
-    lines += [
-        f"- base `{step['base_model']}`, adapters {step['adapters']}" for step in about["lineage"]
-    ]
+    steps = ((step["base_model"], step["adapters"]) for step in about["lineage"])
+    lines += [f"- base `{base}`, adapters {adapters}" for base, adapters in steps]
     for adapter in about["adapters"]:
         lines.append(f"- `{adapter['folder']}`, sha256 {adapter['sha256']}, rows flagged as leaks: "
                      f"{adapter.get('flagged_rows', 'unknown')}, data {json.dumps(adapter['data'])}"
@@ -744,15 +731,10 @@ def check_room(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) ->
     free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
     need = 5 * sum(math.prod(about.shape) for about in plan.tensors.values())  # float32 and more
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    refuse(
-        {
-            f"--out {args.out} lies inside {inside[:1]}, an input; name another folder": inside,
-            f"--out {args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free": size > free,
-            f"--check-logits: {need / 1e9:.1f} GB of memory needed, {memory / 1e9:.1f} free": need
-            > memory
-            and args.check_logits,
-        }
-    )
+    refuse({f"--out {args.out} lies inside {inside[:1]}, an input; name another folder": inside})
+    refuse({f"{args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free": size > free})
+    much = f"--check-logits: {need / 1e9:.1f} GB of memory needed, {memory / 1e9:.1f} free"
+    refuse({much: args.check_logits and need > memory})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -770,12 +752,11 @@ def main(argv: list[str] | None = None) -> None:
     about: dict[str, Any] = {"settings": vars(args), "base_model": args.base_model}
     about |= {"adapters": [training_of(a, warnings) for a in adapters], "warnings": warnings}
     before = read_json(p, {"lineage": list}) if (p := plan.base / "run.json").exists() else {}
-    step = {
-        "base_model": args.base_model,
-        "adapters": {a["folder"]: a["weight"] for a in about["adapters"]},
-    }
+    used = {adapter["folder"]: adapter["weight"] for adapter in about["adapters"]}
+    step = {"base_model": args.base_model, "adapters": used}
     about["lineage"] = [*(before.get("lineage") or []), step]
-    print(*(f"warning: {warning}" for warning in warnings), sep="\n", file=sys.stderr)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     with folder_aside(args.out, args.overwrite) as aside:
         about["proof"], hashes = write_shards(plan, aside, args.seed)
         about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
@@ -790,9 +771,18 @@ def main(argv: list[str] | None = None) -> None:
         inside = argparse.Namespace(**{**vars(args), "out": aside})
         shared.finish_run(inside, inputs, started, hashes=hashes, **about)
     print(f"wrote {args.out}: {len(plan.changed())} of {len(plan.tensors)} tensors changed. Next:")
-    print(
-        shlex.join(["python", "evaluate.py", "--model", args.base_model, "--model", str(args.out)])
-    )
+    print(shlex.join(next_command(args, about["adapters"])))
+
+
+def next_command(args: argparse.Namespace, adapters: list[dict[str, Any]]) -> list[str]:
+    """How to evaluate the model, on the files and verdicts that the contamination check had."""
+    command = ["python", "evaluate.py", "--model", args.base_model, "--model", str(args.out)]
+    if folder := adapters[0].get("contamination"):
+        path = Path(folder) / "run.json"
+        run = read_json(path, {"settings": dict}) if path.exists() else {}
+        local = (run.get("settings") or {}).get("local")
+        command += ["--contamination", folder, *(["--local", str(local)] if local else [])]
+    return command
 
 
 if __name__ == "__main__":
