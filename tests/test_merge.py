@@ -779,7 +779,7 @@ def test_ctrl_c_takes_the_half_written_away(small, tmp_path, monkeypatch) -> Non
 
 
 def test_killed_while_renaming(small, tmp_path, monkeypatch) -> None:
-    """Files of the killed merge that the next one does not write again do not stay in the folder."""
+    """What the killed merge had renamed and the next does not write is taken away."""
     base, adapter = small
     out, replace, count = tmp_path / "m", os.replace, [0]
 
