@@ -267,7 +267,7 @@ def read_base(name: str) -> Plan:
             raise UserError(f"base model {shared.hub_fault(name, error)}") from None
     path = check_input(base / "config.json", "name a model's folder with --base-model")
     config = read_json(path, {"model_type": str, "tie_word_embeddings": bool, "vocab_size": int})
-    refuse({f"{path}: quantised; merge into the original": "quantization_config" in config})
+    refuse({f"{path}: quantised; merge into the original": config.get("quantization_config")})
     listed: dict[str, Any] = {}
     if not (base / WHOLE).exists() and (base / INDEX).exists():  # the order of transformers
         listed = read_json(base / INDEX, {"weight_map": dict}).get("weight_map") or {"": ""}
@@ -691,7 +691,7 @@ def write_rest(plan: Plan, about: dict[str, Any], out: Path) -> None:
     licence = re.findall(r"^license\w*: *(.+)$", text, re.MULTILINE) or ["not stated in its card"]
     lines = ["# A merged model", f"Licence of the base: {', '.join(licence)}. It and those of the "
              "training data apply to this model. `run.json` holds all hashes."]  # fmt: skip
-    steps = ((step["base_model"], step["adapters"]) for step in about["lineage"])
+    steps = ((step.get("base_model"), step.get("adapters")) for step in about["lineage"])
     lines += [f"- base `{base}`, adapters {adapters}" for base, adapters in steps]
     for adapter in about["adapters"]:
         lines.append(f"- `{adapter['folder']}`, sha256 {adapter['sha256']}, rows flagged as leaks: "
@@ -754,7 +754,8 @@ def main(argv: list[str] | None = None) -> None:
     before = read_json(p, {"lineage": list}) if (p := plan.base / "run.json").exists() else {}
     used = {adapter["folder"]: adapter["weight"] for adapter in about["adapters"]}
     step = {"base_model": args.base_model, "adapters": used}
-    about["lineage"] = [*(before.get("lineage") or []), step]
+    steps = (known for known in before.get("lineage") or [] if isinstance(known, dict))
+    about["lineage"] = [*steps, step]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with folder_aside(args.out, args.overwrite) as aside:

@@ -639,6 +639,41 @@ def test_bad_input_is_one_line_and_leaves_nothing(small, tmp_path, case: str) ->
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
+ODD = [None, True, 1e999, "x", ["x"], {"x": []}]
+
+
+@pytest.mark.parametrize(
+    "file", [CONFIG, INDEX, "config.json", "base_fingerprint.json", "run.json"]
+)
+def test_odd_json_types_anywhere_are_one_line(small, tmp_path, file: str) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(small[0], base), shutil.copytree(small[1], adapter)
+    fingerprinted(adapter, base)
+    edit_json(base / "config.json", quantization_config=None)
+    (adapter / "run.json").write_text(json.dumps({"inputs": {}, "step": "finetune"}))
+    (base / "run.json").write_text(json.dumps({"lineage": []}))
+    folders = [folder for folder in (base, adapter) if (folder / file).exists()]
+    args = ["--adapter", str(adapter), "--base-model", str(base), "--out", str(tmp_path / "m")]
+    args.append("--foreign-base")
+    merge.main(args)  # as it is, it merges
+    shutil.rmtree(tmp_path / "m")
+    refused = 0
+    for path in [folder / file for folder in folders]:
+        whole = json.loads(path.read_text())
+        for key in whole:
+            for odd in ODD:
+                path.write_text(json.dumps({**whole, key: odd}))
+                try:
+                    merge.main(args)
+                    shutil.rmtree(tmp_path / "m")
+                except UserError as error:
+                    assert "\n" not in str(error)
+                    refused += 1
+                assert not (tmp_path / "m").exists() and not (tmp_path / ".m.tmp").exists()
+        path.write_text(json.dumps(whole))
+    assert refused
+
+
 def test_wrong_bases_are_refused(small, tmp_path) -> None:
     base, adapter = small
     for changes, words in {
