@@ -642,6 +642,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(small, tmp_path, case: str) ->
 ODD = [None, True, 1e999, "x", ["x"], {"x": []}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", [CONFIG, INDEX, "config.json", "base_fingerprint.json", "run.json"]
 )
