@@ -704,7 +704,7 @@ def write_rest(plan: Plan, about: dict[str, Any], out: Path) -> None:
 @contextmanager
 def folder_aside(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place when the block ends well, and else disappears."""
-    aside, stale = out.with_name(f".{out.name}.tmp"), {}
+    aside, stale = out.resolve().with_name(f".{out.resolve().name}.tmp"), {}
     if (aside / "run.json").exists() and (out / shared.UNFINISHED).exists():
         stale = read_json(aside / "run.json", {"outputs": dict})["outputs"]  # killed while renaming
     with output_folder(aside, overwrite=True):

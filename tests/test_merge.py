@@ -838,6 +838,15 @@ def test_killed_while_renaming(small, tmp_path, monkeypatch) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"m", "single"}
 
 
+def test_the_folder_itself_as_output(small, tmp_path, monkeypatch) -> None:
+    base, adapter = small
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run_merge(base, Path("."), "--adapter", adapter)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert json.loads(Path("run.json").read_text())["settings"]["out"] == "."
+
+
 def test_two_merges_into_one_folder_are_kept_apart(small, tmp_path) -> None:
     from build_dataset import output_folder
 
