@@ -273,15 +273,17 @@ def output_folder(out: Path, overwrite: bool, keep_run: bool = False) -> Iterato
         (out / UNFINISHED).unlink()
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """The sha256 of a file and, where it is .jsonl, its rows."""
+def describe(path: Path, hashes: dict[Path, str] | None = None) -> dict[str, Any]:
+    """The sha256 of a file, unless `hashes` has it, and, where it is .jsonl, its rows."""
     rows = {"rows": path.read_bytes().count(b"\n")} if path.suffix == ".jsonl" else {}
-    return {"sha256": sha256_of(path), **rows}
+    return {"sha256": (hashes or {}).get(path) or sha256_of(path), **rows}
 
 
-def describe_inputs(paths: list[Path]) -> dict[str, dict[str, Any]]:
+def describe_inputs(
+    paths: list[Path], hashes: dict[Path, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """What run.json says of its inputs; to be asked before they are read."""
-    return {str(path): describe(path) for path in paths}
+    return {str(path): describe(path, hashes) for path in paths}
 
 
 def check_unchanged(inputs: dict[str, dict[str, Any]]) -> None:
@@ -296,13 +298,14 @@ def finish_run(
     inputs: dict[str, dict[str, Any]] | list[Path],
     start: float,
     name: str = "run.json",
+    hashes: dict[Path, str] | None = None,
     **more: Any,
 ) -> None:
     """Write run.json (or `name`), the last of a step's files.
 
     `inputs` is what describe_inputs() said before they were read; outputs are all files of
     args.out that were written since output_folder(); `start` is time.monotonic() at its begin;
-    `more` is what the step wants remembered besides.
+    `hashes` are sha256 that are known already; `more` is what the step wants remembered besides.
     """
     apart = {UNFINISHED, "run.json", "apply.json", "decisions.jsonl"}
     files = (path for path in args.out.rglob("*") if path.is_file() and path.name not in apart)
@@ -319,8 +322,8 @@ def finish_run(
         "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "python": sys.version.split()[0],
         "packages": {package: metadata.version(package) for package in installed},
-        "inputs": describe_inputs(inputs) if isinstance(inputs, list) else inputs,
-        "outputs": {str(path.relative_to(args.out)): describe(path) for path in outputs},
+        "inputs": describe_inputs(inputs, hashes) if isinstance(inputs, list) else inputs,
+        "outputs": {str(path.relative_to(args.out)): describe(path, hashes) for path in outputs},
         **more,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - start, 1),
