@@ -56,7 +56,8 @@ LOOKS = {  # verdict -> letter, colour of the theme, filling of the bar, which t
     "not-a-leak": ("n", "$text-success", "░"),
     None: ("·", "bold", " "),
 }
-DIM = "$text-muted"
+DIM = "dim"
+SHORT = {"gray-area": "gray", "similar-but-different": "similar", "not-a-leak": "no leak"}
 LONGEST = 4000  # characters of one field that are shown
 ALIGNED = 500  # words up to which common words are aligned too: beyond, it would take seconds
 COMBINING = 3  # marks on one letter that are drawn; scripts in use need no more
@@ -66,7 +67,7 @@ IGNORABLE = re.compile(  # letters and marks, by their category, that terminals 
 )
 WORD = re.compile(r"\w+|[^\w\s.,;:!?'\"$\\(){}\[\]]")  # what a reader takes for a word or symbol
 RECORDED = Path(__file__).with_name("demo") / "recorded"
-REPLAYED = 30  # lines of the recorded log that are there when the demo opens
+REPLAYED = 40  # lines of the recorded log that are there when the demo opens
 POLL, POLL_STEPS = 0.5, 3.0  # seconds between two looks at followed files, at all steps' folders
 CHUNK = 1 << 19  # bytes of a log parsed at once, some 15 ms: keys are answered in between
 POINTS = 500  # buckets of a long curve, at least: more than a wide screen has dots
@@ -208,7 +209,7 @@ def marked(text: str, spans: list[tuple[int, int]], plain: bool) -> Parts:
 
 
 def find(folder: Path, step: str, name: str) -> Path:
-    """A step's file, or its place; `folder` is the pipeline's, with the step under any name, or it."""
+    """A step's file, or its place; `folder` is the pipeline's or the step's own."""
     usual = [path for path in (folder / name, folder / step / name) if path.exists()]
     others = sorted(folder.glob(f"*/{name}"), key=lambda path: -path.stat().st_mtime)
     return [*usual, *others, folder / step / name][0]
@@ -318,7 +319,7 @@ class Verdicts:
     def __init__(self, path: Path, reviewer: str) -> None:
         self.tail, self.path, self.reviewer = Tail(path), path, reviewer
         self.last: dict[str, Row] = {}  # pair_id -> its last line
-        self.done: list[list[tuple[str, Row]]] = []  # this session's: pairs and what stood before
+        self.done: list[dict[str, Row]] = []  # each write() of this session: what stood before it
 
     def poll(self) -> bool:
         """Read what is new; whether there was anything. Raises OSError."""
@@ -340,20 +341,16 @@ class Verdicts:
 
         A verdict of None withdraws. Raises OSError, ValueError.
         """
-        self.done.append([])
+        group: dict[str, Row] = {}
         for pair_id, change in lines.items():
-            before = self.last.get(pair_id, {})
-            line = {"verdict": None, "note": "", **before, **change}
-            note = line["note"] if isinstance(line["note"], str) else ""
-            append_decision(self.path, pair_id, line["verdict"], self.reviewer, note)
-            self.done[-1].append((pair_id, {"verdict": None, "note": "", **before}))
+            old = self.last.get(pair_id, {})
+            before = {"verdict": old.get("verdict"), "note": str(old.get("note") or "")}
+            line = {**before, **change}
+            append_decision(self.path, pair_id, line["verdict"], self.reviewer, line["note"])
+            self.done += [] if group else [group]
+            group[pair_id] = before
             self.poll()  # what is shown is what the disk holds
             yield
-
-    def undo(self) -> dict[str, Row]:
-        """What takes this session's last write() back, for write()."""
-        self.done = [group for group in self.done if group]
-        return dict(self.done.pop()) if self.done else {}
 
 
 def facet(pair: Row, name: str, verdict: str | None) -> str:
@@ -531,7 +528,7 @@ class RunLog:
 
 
 def alarms_of(log: RunLog, path: Path, now: float) -> list[str]:
-    """The alarms of the run that writes `path`, in words; now: seconds since 1970. Raises OSError."""
+    """The alarms of the run that writes `path`; now: seconds since 1970. Raises OSError."""
     texts = []
     for kind, (first, last, count) in log.alarms.items():
         more = f", {count:,} times to step {last:,.0f}" if count > 1 else ""
@@ -576,7 +573,9 @@ def run_parts(log: RunLog) -> Parts:
 
 def event_text(row: Row) -> str:
     """An event on one line: its step, its name, then the other fields as written."""
-    rest = [f"{k}={v}" for k, v in row.items() if k not in ("event", "step")]
+    names = sorted(row.keys() - {"event", "step"}, key=lambda name: name == "prompt")  # it last
+    known = {name: number(row[name]) for name in names}
+    rest = [f"{k} {row[k] if v is None else short(v, '.4g')}" for k, v in known.items()]
     text = f"{short(number(row.get('step'))):>7}  {row['event']}  {'  '.join(rest)}"
     return one_line(text, LONGEST)
 
@@ -606,6 +605,8 @@ def draw_curves(plt: Any, title: str, curves: list[tuple[list, str]], logarithmi
 
 NUMBERS = ("base_score", "score", "points", "percent", "p", "gained", "lost", "points_unflagged")
 NUMBERS += ("points_flagged", "low", "high")
+TABLE = "{:23.23} {:>5} {:>5} {:>8} {:13} {:19.19}"  # 78 columns
+MORE = "{:>8} {:>16} {:>6} {:>6} {:>9} {:>8}"
 RESULT_ORDERS: dict[str, Callable[[Row], Any]] = {
     "benchmarks, then subjects": lambda row: ("/" in row["task"], -row["change"]),
     "largest gain first": lambda row: -row["change"],
@@ -649,30 +650,23 @@ def result_parts(rows: list[Row], order: str, wide: bool) -> Parts:
     if not rows:
         return [("No comparison here. Score a base and a model: python evaluate.py\n", "bold")]
     largest, parts = max(abs(row["change"]) for row in rows), []
+    head = ("task", "base", "score", "change", "", "paired test")
+    more = ("p", "95 % of points", "gained", "lost", "unflagged", "flagged")
     for base, model in dict.fromkeys((row["base"], row["model"]) for row in rows):
         parts.append((f"{model} over {base}, sorted by {order}\n", "bold"))
-        head = f"{'task':22} {'base':>5} {'score':>5} {'change':>8} {'':19} {'paired test':19}"
-        more = f"{'p':>8} {'95 % of points':>16} {'gained':>6} {'lost':>6} {'unflagged':>9} {'flagged':>8}"
-        parts.append((head + more * wide + "\n", DIM))
+        parts.append((TABLE.format(*head) + MORE.format(*more) * wide + "\n", DIM))
         chosen = [row for row in rows if (row["base"], row["model"]) == (base, model)]
         for row in sorted(chosen, key=RESULT_ORDERS[order]):
             tone = {"better": "$text-success", "worse": "$text-error"}.get(row["verdict"], "")
-            unit = "%" if row["percent"] is not None else "p"
-            numbers = [short(row[k], ".1f") for k in ("base_score", "score")]
+            change = f"{row['change']:+.1f}" + (" pt" if row["percent"] is None else "%")
+            scores = [short(row[k], ".1f") for k in ("base_score", "score")]
+            name, shape = row["task"].removeprefix("mmlu/"), bar(row["change"], largest, 6)
+            parts.append((TABLE.format(name, *scores, change, shape, row["verdict"]), tone))
             ends = " to ".join(short(row[k], "+.1f") for k in ("low", "high"))
             flips = [short(row[k], ".0f") for k in ("gained", "lost")]
             split = [short(row[k], "+.1f") for k in ("points_unflagged", "points_flagged")]
-            more = f"{short(row['p'], '.2g'):>8} {ends:>16} {flips[0]:>6} {flips[1]:>6} {split[0]:>9} {split[1]:>8}"
-            name = row["task"].removeprefix("mmlu/")
-            parts += [
-                (
-                    f"{name:22.22} {numbers[0]:>5} {numbers[1]:>5} ",
-                    "" if "/" in row["task"] else "bold",
-                ),
-                (f"{row['change']:>+7.1f}{unit} {bar(row['change'], largest, 9)} ", tone),
-                (f"{row['verdict']:19.19}", tone or DIM),
-                (more * wide + "\n", ""),
-            ]
+            rest = MORE.format(short(row["p"], ".2g"), ends, *flips, *split)
+            parts.append((rest * wide + "\n", ""))
     return parts
 
 
@@ -742,7 +736,7 @@ def step_state(script: str, path: Path, root: Path, hashed: bool) -> StepState:
         began += " --resume" * (any(path.glob("checkpoints/*")) and "--resume" not in began)
         why = "no process is at work on it: it was stopped or killed"
         return StepState(script, path, "unfinished", counts, why, began)
-    changed = list(changed_inputs(run, root)) if hashed else []
+    changed, gone = changed_inputs(run, root) if hashed else ([], [])
     log, known = path / "decisions.jsonl", read_object(path / "apply.json")
     if changed:
         why = "changed since: " + ", ".join(map(one_line, changed[:3]))
@@ -752,22 +746,26 @@ def step_state(script: str, path: Path, root: Path, hashed: bool) -> StepState:
         return StepState(script, path, "stale", counts, "verdicts newer than clean.jsonl", command)
     else:
         why = "inputs unchanged, by hash" if hashed else "hashing the inputs"
+        why = f"{len(gone)} inputs are gone: {one_line(gone[0])}" if gone else why
     command += " --overwrite" * ("--overwrite" not in command)
     return StepState(script, path, "stale" if changed else "finished", counts, why, command)
 
 
-def changed_inputs(run: Row, root: Path) -> Iterator[str]:
-    """Inputs of a run that are gone or whose sha256 is not run.json's.
+def changed_inputs(run: Row, root: Path) -> tuple[list[str], list[str]]:
+    """Inputs of a run whose sha256 is not run.json's, and inputs that are gone.
 
     Relative names are looked for from here and from every folder above `root`.
     """
-    inputs = run.get("inputs")
+    changed, gone, inputs = [], [], run.get("inputs")
     for name, about in inputs.items() if isinstance(inputs, dict) else ():
         places = (place / name for place in (Path(), *root.absolute().parents))
         path = next((place for place in places if place.is_file()), None)
         known = about.get("sha256") if isinstance(about, dict) else None
-        if path is None or known != hash_known(path, state_of(path)):
-            yield name if path else f"{name} (gone)"
+        if path is None:
+            gone.append(name)
+        elif known != hash_known(path, state_of(path)):
+            changed.append(name)
+    return changed, gone
 
 
 def pipeline_parts(states: list[StepState]) -> Parts:
@@ -793,7 +791,7 @@ def summary(folder: Path) -> str:
     (pairs, bad), verdicts = load_pairs(path), Verdicts(path.with_name("decisions.jsonl"), "")
     verdicts.poll()
     parts = [*review_parts(pairs, verdicts, path.parent), ("\n\n", "")]
-    parts += [(f"{len(bad):,} lines are unreadable, first {bad[0]}\n\n", "")] * bool(bad)
+    parts += [(f"{len(bad):,} unreadable lines: {', '.join(bad[:3])}\n\n", "")] * bool(bad)
     path = find(folder, "adapter", "train_log.jsonl")
     log, tail = RunLog(), Tail(path)
     while (rows := tail.read()) or tail.more:
@@ -824,7 +822,8 @@ Lines { height: 1fr; scrollbar-size: 1 1; overflow-x: hidden; text-wrap: nowrap;
 #sides VerticalScroll { height: 1fr; width: 1fr; padding: 0 1; border-top: solid $primary; }
 #charts { layout: grid; grid-size: 2; height: 3fr; }
 #events { height: 1fr; min-height: 3; padding: 0 1; border-top: solid $primary; }
-.table { width: auto; padding: 0 1; text-wrap: nowrap; }
+.table { width: auto; text-wrap: nowrap; }
+ScrollableContainer, VerticalScroll { scrollbar-size: 1 1; }
 .text { padding: 0 1; }
 Ask { align: center middle; }
 Ask > Vertical { width: 64; max-width: 95%; height: auto; padding: 1 2; border: round $primary;
@@ -915,6 +914,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
     class Ask(ModalScreen[Any]):
         """A question that a key, a line of text or a choice answers; escape answers None."""
 
+        AUTO_FOCUS = "Input, OptionList"
         BINDINGS = bind(("escape", "dismiss(None)", "cancel", "Change nothing"))
 
         def __init__(
@@ -957,6 +957,8 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                 fault = f"Cannot be read: {error}"
             self.query_one(".fault").display = bool(fault)
             self.put(".fault", [(one_line(fault, 500), "")])
+            label = f"{[*panes].index(self.id) + 1} {self.id.title()}{'!' * bool(fault)}"
+            self.app.query_one(f"#tab-{self.id}", Tab).label = label
 
         def put(self, selector: str, parts: Parts) -> None:
             if self.drawn.get(selector) != parts:
@@ -967,7 +969,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         """The flagged pairs, and the one under the cursor with what differs marked."""
 
         BINDINGS = bind(
-            *((k, f"decide('{v}')", v[:9].strip("-"), tip) for k, (v, tip) in KEYS.items()),
+            *((k, f"decide('{v}')", SHORT.get(v, v), tip) for k, (v, tip) in KEYS.items()),
             ("a", "accept", "accept", "Take the suggested class as the verdict"),
             (
                 "u",
@@ -976,7 +978,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                 "Take this session's last verdict back, by a new line in the log",
             ),
             ("e", "note", "note", "Write a note on the pair"),
-            ("space", "next", "next", "Go to the next undecided pair"),
+            ("space", "next", "", "Go to the next undecided pair"),
             ("slash", "filter", "filter", "Filter: words, field:value, cosine>0.9; escape ends it"),
             ("f", "fields", "", "Filter by a source, benchmark, subject, class or suggestion"),
             (
@@ -1010,12 +1012,14 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         def begin(self) -> None:
             self.path = find(args.folder, "contamination", "pairs.jsonl")
             self.verdicts = Verdicts(self.path.with_name("decisions.jsonl"), args.reviewer)
-            self.seen, self.orders, self.bad = None, deque(ORDERS), []
+            self.seen, self.bound, self.orders, self.bad = None, None, deque(ORDERS), []
             self.pairs: list[Row] = []
             self.shown: list[Row] = []
             self.list = self.query_one(Lines)
 
         def poll(self) -> str:
+            if not self.pairs and find(args.folder, "contamination", "pairs.jsonl") != self.path:
+                self.begin()
             new, seen = self.verdicts.poll(), state_of(self.path)
             if seen != self.seen:
                 self.pairs, self.bad = load_pairs(self.path)
@@ -1027,7 +1031,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         def faults(self) -> str:
             strange = set(self.verdicts.last) - {pair["pair_id"] for pair in self.pairs}
-            texts = [f"{len(self.bad):,} lines cannot be read, first {self.bad[:1]}"] * bool(
+            texts = [f"{len(self.bad):,} unreadable lines: {', '.join(self.bad[:3])}"] * bool(
                 self.bad
             )
             if strange and self.pairs:
@@ -1058,13 +1062,16 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             empty = [("No flagged pairs here. Find them: python check_contamination.py", "bold")]
             full = review_parts(self.pairs, self.verdicts, self.path.parent, width)
             self.put("#progress", full if self.pairs else empty)
-            count = f"{len(self.shown):,} of {len(self.pairs):,}, {self.orders[0]}"
+            part = f" of {len(self.pairs):,}" * (len(self.shown) < len(self.pairs))
+            count = f"{len(self.shown):,}{part}, {self.orders[0]}"
             self.put("#listed", [(count, DIM)])
             self.list.refresh()
             self.on_lines_moved()
+            if self.bound != (bound := (bool(self.shown), bool(self.verdicts.done))):
+                self.bound = bound  # which keys work now
+                self.refresh_bindings()
 
         def on_lines_moved(self) -> None:
-            self.refresh_bindings()
             line = self.verdicts.last.get(self.pair.get("pair_id"), {})
             parts = pair_parts(self.pair, line, self.app.no_color) if self.pair else [[], [], []]
             for name, part in zip(("#about", "#train", "#test"), parts, strict=True):
@@ -1110,10 +1117,10 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                     return
 
         async def action_undo(self) -> None:
-            lines = self.verdicts.undo()
-            if lines and await self.save(lines):
-                self.verdicts.done.pop()  # undoing is not itself undone
-                self.relist(next(iter(lines)))
+            before = self.verdicts.done[-1]
+            if await self.save(before):
+                del self.verdicts.done[-2:]  # undoing is not itself undone
+                self.relist(next(iter(before)))
 
         @work
         async def action_note(self) -> None:
@@ -1127,7 +1134,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         @work
         async def action_mark(self) -> None:
             left = [pair for pair in self.shown if not self.verdicts.of(pair)]
-            ask = f"One verdict for the {len(left):,} undecided of the {len(self.shown):,} listed pairs:\n\n"
+            ask = f"One verdict for all {len(left):,} undecided pairs of the list:\n\n"
             ask += "\n".join(f"{k}  {verdict}" for k, (verdict, _) in KEYS.items())
             key = await self.app.push_screen_wait(
                 Ask(f"{ask}\na  as suggested, where it is", "dgsna")
@@ -1206,13 +1213,19 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.query_one("#events").anchor()
 
         def poll(self) -> str:
+            if (
+                not self.tail.offset
+                and find(args.folder, "adapter", "train_log.jsonl") != self.path
+            ):
+                self.begin()
             rows = self.tail.read()
             self.training = RunLog() if self.tail.restarted else self.training
             deque(map(self.training.add, rows), maxlen=0)
             if self.tail.more:
                 self.set_timer(0.001, self.look)  # the rest of a long log, keys in between
             self.draw(bool(rows) or self.tail.restarted)
-            return "; ".join(alarms_of(self.training, self.path, time.time()) if self.training.latest else [])
+            known = self.training if self.training.latest else None
+            return "ALARM: ".join(["", *alarms_of(known, self.path, time.time())]) if known else ""
 
         def draw(self, new: bool) -> None:
             known = self.early if self.tail.more and self.early.latest else self.training
@@ -1334,7 +1347,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         BINDINGS = bind(
             *((str(n), f"tab('{name}')", "", f"Show {name}") for n, name in enumerate(panes, 1)),
             ("question_mark", "help", "keys", "Show or hide all keys of this tab"),
-            ("q", "quit", "quit", "Leave; every verdict is on disk already"),
+            ("q", "quit", "", "Leave; every verdict is on disk already"),
         )
 
         def compose(self) -> ComposeResult:
@@ -1365,6 +1378,9 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.query_one(ContentSwitcher).current = name
             self.query_one(f"#{name}").query(".main").first().focus()
 
+        def get_system_commands(self, screen: Any) -> Any:  # nothing is written but verdicts
+            return (c for c in super().get_system_commands(screen) if c.title != "Screenshot")
+
         def action_help(self) -> None:
             shown = self.screen.query("HelpPanel")
             self.action_hide_help_panel() if shown else self.action_show_help_panel()
@@ -1374,9 +1390,9 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
 @contextlib.contextmanager
 def replay(args: argparse.Namespace) -> Iterator[None]:
-    """A copy of the recorded folder in a temporary one, where a thread trains anew: its log grows."""
+    """A temporary copy of the recorded folder, where a thread trains anew: its log grows."""
     with tempfile.TemporaryDirectory(prefix="platypus-") as place:
-        args.folder = Path(shutil.copytree(RECORDED, Path(place) / "demo"))
+        args.folder = Path(shutil.copytree(RECORDED, Path(place) / "out"))
         folder, ended = args.folder / "adapter", threading.Event()
         lines = (folder / "train_log.jsonl").read_bytes().splitlines(keepends=True)
         (folder / "train_log.jsonl").write_bytes(b"".join(lines[:REPLAYED]))
