@@ -23,6 +23,7 @@ import functools
 import getpass
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -242,7 +243,7 @@ class Tail:
         self.path, self.bad = path, 0
         self.restarted = self.more = False  # more: the next look will find lines too
         self.offset, self.before = 0, b""  # bytes read; the last of them, which must still be there
-        self.seen: tuple[int, ...] = ()  # the file's state when all of it was read
+        self.seen: tuple[int, ...] | None = None  # the file's state when all of it was read
 
     def read(self, limit: int = CHUNK) -> list[Row]:
         """The next lines, about `limit` bytes of them. Raises OSError where it is unreadable."""
@@ -258,11 +259,11 @@ class Tail:
             data = file.read(limit)
             while data and b"\n" not in data and (more := file.read(len(data))):
                 data += more  # a line longer than the limit
-        if not state:
+        if not state and self.offset:
             self.restart()
         whole = data[: data.rfind(b"\n") + 1]
         self.offset, self.before = self.offset + len(whole), (self.before + whole)[-99:]
-        self.more, self.seen = bool(whole), () if whole else state
+        self.more, self.seen = bool(whole), None if whole else state
         return list(self.parse(whole))
 
     def restart(self) -> None:
@@ -547,7 +548,7 @@ def alarms_of(log: RunLog, path: Path, now: float) -> list[str]:
 def run_parts(log: RunLog) -> Parts:
     """How a run stands, in three lines."""
     if not (row := log.latest):
-        return [("No training log here. Train: python finetune.py\n", "bold")]
+        return [("Run python finetune.py: no training log here\n", "bold")]
     step, seconds, eta = row.get("step"), row.get("seconds"), row.get("eta_seconds")
     total = log.total or (step * (1 + eta / seconds) if step and seconds and eta else None)
     figures = {
@@ -648,7 +649,7 @@ def bar(value: float, largest: float, half: int) -> str:
 def result_parts(rows: list[Row], order: str, wide: bool) -> Parts:
     """The changes over the base as a table with bars; `wide` adds the last columns."""
     if not rows:
-        return [("No comparison here. Score a base and a model: python evaluate.py\n", "bold")]
+        return [("Run python evaluate.py: no comparison here\n", "bold")]
     largest, parts = max(abs(row["change"]) for row in rows), []
     head = ("task", "base", "score", "change", "", "paired test")
     more = ("p", "95 % of points", "gained", "lost", "unflagged", "flagged")
@@ -759,7 +760,7 @@ def changed_inputs(run: Row, root: Path) -> tuple[list[str], list[str]]:
     changed, gone, inputs = [], [], run.get("inputs")
     for name, about in inputs.items() if isinstance(inputs, dict) else ():
         places = (place / name for place in (Path(), *root.absolute().parents))
-        path = next((place for place in places if place.is_file()), None)
+        path = next(filter(os.path.isfile, places), None)
         known = about.get("sha256") if isinstance(about, dict) else None
         if path is None:
             gone.append(name)
@@ -958,7 +959,9 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.query_one(".fault").display = bool(fault)
             self.put(".fault", [(one_line(fault, 500), "")])
             label = f"{[*panes].index(self.id) + 1} {self.id.title()}{'!' * bool(fault)}"
-            self.app.query_one(f"#tab-{self.id}", Tab).label = label
+            tab = self.app.query_one(f"#tab-{self.id}", Tab)
+            if tab.label_text != label:
+                tab.label = label
 
         def put(self, selector: str, parts: Parts) -> None:
             if self.drawn.get(selector) != parts:
@@ -1059,7 +1062,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         def draw(self) -> None:
             width = min(40, max(4, self.app.size.width - 72))
-            empty = [("No flagged pairs here. Find them: python check_contamination.py", "bold")]
+            empty = [("Run python check_contamination.py: no flagged pairs here", "bold")]
             full = review_parts(self.pairs, self.verdicts, self.path.parent, width)
             self.put("#progress", full if self.pairs else empty)
             part = f" of {len(self.pairs):,}" * (len(self.shown) < len(self.pairs))
@@ -1211,6 +1214,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                     file.seek(-(1 << 16), 2)
                     deque(map(self.early.add, Tail(self.path).parse(file.read())), maxlen=0)
             self.query_one("#events").anchor()
+            self.app.theme_changed_signal.subscribe(self, lambda _: self.draw_charts())
 
         def poll(self) -> str:
             if (
@@ -1365,9 +1369,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.action_tab("review")
 
         def on_resize(self, event: Any) -> None:
-            least = (
-                f"The terminal is {event.size.width} × {event.size.height}; 40 × 12 is the least"
-            )
+            least = f"{event.size.width} × {event.size.height} is too small:\n40 × 12 is the least"
             self.query_one("#small", Static).update(Content(least))
 
         def on_tabs_tab_activated(self, event: Tabs.TabActivated) -> None:
