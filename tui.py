@@ -548,7 +548,7 @@ def alarms_of(log: RunLog, path: Path, now: float) -> list[str]:
 def run_parts(log: RunLog) -> Parts:
     """How a run stands, in three lines."""
     if not (row := log.latest):
-        return [("Run python finetune.py: no training log here\n", "bold")]
+        return [("Run python finetune.py: no training log here", "bold")]
     step, seconds, eta = row.get("step"), row.get("seconds"), row.get("eta_seconds")
     total = log.total or (step * (1 + eta / seconds) if step and seconds and eta else None)
     figures = {
@@ -563,7 +563,7 @@ def run_parts(log: RunLog) -> Parts:
         "supervised": f"{log.supervised:,.0f} of {log.tokens:,.0f} tokens",
         "MFU": short(row.get("mfu"), ".1%"),
         "memory GB": short(row.get("memory_gb")),
-        "GPU %": short(row.get("gpu_util")) + "\n",
+        "GPU %": short(row.get("gpu_util")),
     }
     parts = [
         [(f"{name} ", DIM), (f"{value}  ".replace("\n  ", "\n"), "bold")]
@@ -747,7 +747,7 @@ def step_state(script: str, path: Path, root: Path, hashed: bool) -> StepState:
         return StepState(script, path, "stale", counts, "verdicts newer than clean.jsonl", command)
     else:
         why = "inputs unchanged, by hash" if hashed else "hashing the inputs"
-        why = f"{len(gone)} inputs are gone: {one_line(gone[0])}" if gone else why
+        why = f"gone: {', '.join(map(one_line, gone[:3]))}" if gone else why
     command += " --overwrite" * ("--overwrite" not in command)
     return StepState(script, path, "stale" if changed else "finished", counts, why, command)
 
@@ -798,7 +798,7 @@ def summary(folder: Path) -> str:
     while (rows := tail.read()) or tail.more:
         deque(map(log.add, rows), maxlen=0)
     alarms = alarms_of(log, path, time.time()) if log.latest else []
-    parts += [*run_parts(log), *((f"ALARM: {text}\n", "") for text in alarms), ("\n", "")]
+    parts += [*run_parts(log), *((f"\nALARM: {text}", "") for text in alarms), ("\n\n", "")]
     rows = load_results(find(folder, "eval", "results.json"))
     parts += [*result_parts(rows, next(iter(RESULT_ORDERS)), True), ("\n", "")]
     parts += pipeline_parts(pipeline_states(folder))
@@ -811,7 +811,7 @@ MOVES = {"down,j": 1, "up,k": -1, "pagedown,ctrl+d": 10, "pageup,ctrl+u": -10}
 MOVES |= {"home": -(10**9), "end,G": 10**9}
 CSS = """
 #top { height: 1; background: $panel; }
-#top Tabs { width: auto; height: 1; & Underline { display: none; } }
+#top Tabs { width: 46; height: 1; & Underline { display: none; } }
 #top Tab.-active { color: $primary; text-style: bold reverse; }
 #where { width: 1fr; text-align: right; color: $text-muted; padding: 0 1; }
 ContentSwitcher, Pane, .body { height: 1fr; }
@@ -822,7 +822,8 @@ Lines { height: 1fr; scrollbar-size: 1 1; overflow-x: hidden; text-wrap: nowrap;
 #filter { height: 1; border: none; padding: 0 1; display: none; }
 #sides VerticalScroll { height: 1fr; width: 1fr; padding: 0 1; border-top: solid $primary; }
 #charts { layout: grid; grid-size: 2; height: 3fr; }
-#events { height: 1fr; min-height: 3; padding: 0 1; border-top: solid $primary; }
+#events { height: 4; padding: 0 1; border-top: solid $primary; }
+.-tall #events { height: 1fr; }
 .table { width: auto; text-wrap: nowrap; }
 ScrollableContainer, VerticalScroll { scrollbar-size: 1 1; }
 .text { padding: 0 1; }
@@ -865,9 +866,15 @@ def make_app(args: argparse.Namespace) -> "App[None]":
     from textual_plotext import PlotextPlot
 
     def bind(*rows: tuple[str, str, str, str]) -> list[Binding]:
-        """Bindings of (keys, action, name in the footer or "", what it does)."""
+        """Bindings of (keys, action, name in the footer or "", what it does).
+
+        What takes text or another key acts at once, before the next key finds its receiver: over a
+        slow link several arrive together, and the words of a filter are no verdicts.
+        """
+        first = ("filter", "note", "mark", "fields")
         return [
-            Binding(k, a, name or tip, show=bool(name), tooltip=tip) for k, a, name, tip in rows
+            Binding(k, a, name or tip, show=bool(name), tooltip=tip, priority=a in first)
+            for k, a, name, tip in rows
         ]
 
     class Lines(ScrollView, can_focus=True):
@@ -1125,37 +1132,40 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                 del self.verdicts.done[-2:]  # undoing is not itself undone
                 self.relist(next(iter(before)))
 
-        @work
-        async def action_note(self) -> None:
+        def action_note(self) -> None:
             pair_id = self.pair["pair_id"]
-            line = {"verdict": None, "note": "", **self.verdicts.last.get(pair_id, {})}
-            ask = Ask("A note on this pair; enter saves it", "", one_line(line["note"], LONGEST))
-            note = await self.app.push_screen_wait(ask)
-            if note is not None:
-                await self.save({pair_id: {"verdict": line["verdict"], "note": note}})
+            old = self.verdicts.last.get(pair_id, {})
 
-        @work
-        async def action_mark(self) -> None:
+            async def save(note: str | None) -> None:
+                if note is not None:
+                    await self.save({pair_id: {"verdict": old.get("verdict"), "note": note}})
+
+            text = one_line(old.get("note"), LONGEST)
+            self.app.push_screen(Ask("A note on this pair; enter saves it", "", text), save)
+
+        def action_mark(self) -> None:
             left = [pair for pair in self.shown if not self.verdicts.of(pair)]
             ask = f"One verdict for all {len(left):,} undecided pairs of the list:\n\n"
             ask += "\n".join(f"{k}  {verdict}" for k, (verdict, _) in KEYS.items())
-            key = await self.app.push_screen_wait(
-                Ask(f"{ask}\na  as suggested, where it is", "dgsna")
-            )
-            if not key:
-                return
-            chosen = {p["pair_id"]: KEYS[key][0] if key in KEYS else p["suggested"] for p in left}
-            lines = {
-                i: {"verdict": verdict} for i, verdict in chosen.items() if verdict in VERDICTS
-            }
-            what = KEYS[key][0] if key in KEYS else "as suggested"
-            sure = Ask(f"Write {len(lines):,} verdicts, {what}?\n\ny  yes", "y")
-            if await self.app.push_screen_wait(sure):
-                await self.save(lines)
+
+            def confirm(key: str | None) -> None:
+                what = KEYS[key][0] if key in KEYS else None
+                chosen = {pair["pair_id"]: what or pair["suggested"] for pair in left if key}
+                lines = {i: {"verdict": v} for i, v in chosen.items() if v in VERDICTS}
+
+                async def save(sure: str | None) -> None:
+                    if sure:
+                        await self.save(lines)
+
+                text = f"Write {len(lines):,} verdicts, {what or 'as suggested'}?\n\ny  yes"
+                if key:
+                    self.app.push_screen(Ask(text, "y"), save)
+
+            self.app.push_screen(Ask(f"{ask}\na  as suggested, where it is", "dgsna"), confirm)
 
         def action_filter(self) -> None:
             self.query_one(Input).display = True
-            self.query_one(Input).focus()
+            self.screen.set_focus(self.query_one(Input))
 
         def action_unfilter(self) -> None:
             self.query_one(Input).value = ""
@@ -1168,16 +1178,18 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         def on_input_submitted(self) -> None:
             self.list.focus()
 
-        @work
-        async def action_fields(self) -> None:
+        def action_fields(self) -> None:
             known = [(pair, self.verdicts.of(pair)) for pair in self.pairs]
             counts = Counter((f, facet(p, f, v)) for f in FACETS for p, v in known)
-            found = [f"{f}:{shlex.quote(v)}" for f, v in sorted(counts) if v]
-            choices = [f"{f}: {v}  ({counts[f, v]:,})" for f, v in sorted(counts) if v]
-            at = await self.app.push_screen_wait(Ask("List the pairs of", choices=choices[:500]))
-            if at is not None:
-                self.query_one(Input).display = True
-                self.query_one(Input).value += f"{found[at]} "
+            found = [(f, v) for f, v in sorted(counts) if v][:500]
+
+            def add(at: int | None) -> None:
+                if at is not None:
+                    self.query_one(Input).display = True
+                    self.query_one(Input).value += f"{found[at][0]}:{shlex.quote(found[at][1])} "
+
+            choices = [f"{f}: {v}  ({counts[f, v]:,})" for f, v in found]
+            self.app.push_screen(Ask("List only the pairs with", choices=choices), add)
 
         def action_order(self) -> None:
             self.orders.rotate(-1)
@@ -1234,11 +1246,11 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         def draw(self, new: bool) -> None:
             known = self.early if self.tail.more and self.early.latest else self.training
             done = self.tail.offset / max(1, *state_of(self.path)[:1] or [1])
-            reading = [(f"reading the log, {done:.0%}", "bold reverse")]
+            reading = [(f"  reading the log, {done:.0%}", "bold reverse")]
             self.put("#figures", run_parts(known) + reading * (self.tail.more and done < 1))
-            bad = [(f"{self.tail.bad:,} lines of the log are unreadable\n", "$text-warning")]
-            events = [(event_text(row) + "\n", "") for row in self.training.events]
-            self.put("#log", bad * bool(self.tail.bad) + events)
+            bad = [f"{self.tail.bad:,} unreadable lines"] * bool(self.tail.bad)
+            events = "\n".join(bad + [event_text(row) for row in self.training.events])
+            self.put("#log", [(events, "")])
             self.query_one("#charts").display = bool(self.training.latest)
             self.dirty |= new
             if self.dirty and (not self.tail.more or time.monotonic() > self.due):
@@ -1347,7 +1359,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         AUTO_FOCUS = None  # a tab's own list has it
         CSS = CSS
         HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (72, "-normal"), (130, "-wide")]
-        VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-high")]
+        VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-high"), (36, "-tall")]
         BINDINGS = bind(
             *((str(n), f"tab('{name}')", "", f"Show {name}") for n, name in enumerate(panes, 1)),
             ("question_mark", "help", "keys", "Show or hide all keys of this tab"),

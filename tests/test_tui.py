@@ -798,6 +798,25 @@ def test_kill_9_loses_nothing_and_it_reopens_at_the_first_undecided(folder) -> N
     assert (folder / "contamination/decisions.jsonl").read_bytes() == log
 
 
+def test_keys_that_arrive_together_go_where_they_belong(folder) -> None:
+    terminal = Terminal(folder, "--reviewer", "ann")
+    terminal.wait("Q00000")
+    seen = terminal.press("dgs")
+    terminal.wait("Q00003", seen)
+    seen = terminal.press("/scibench")
+    terminal.wait("6 of 12", seen)
+    seen = terminal.press("\r")
+    time.sleep(0.3)
+    terminal.press("enod\r")
+    time.sleep(1)
+    assert terminal.close() == 0
+    assert [(line["pair_id"], line["verdict"]) for line in decisions(folder)][:3] == [
+        *(("pair00000", "duplicate"), ("pair00001", "gray-area")),
+        ("pair00002", "similar-but-different"),
+    ]
+    assert {line["verdict"] for line in decisions(folder)[3:]} <= {None}
+
+
 def test_two_instances_see_each_other_within_two_seconds(folder) -> None:
     ann, bob = (Terminal(folder, "--reviewer", name) for name in ("ann", "bob"))
     ann.wait("Q00000"), bob.wait("Q00000")
