@@ -881,27 +881,26 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         """A list that renders only the lines in sight: 10,000 cost what 20 do."""
 
         BINDINGS = bind(*((k, f"move({by})", "", "Move in the list") for k, by in MOVES.items()))
-        cursor = reactive(0)
+        cursor = reactive(0, init=False)
 
-        class Moved(Message):
-            """The cursor stands on a line."""
-
-        def __init__(self, line: Callable[[int], Parts], name: str) -> None:
-            super().__init__(id=name, classes="main")
-            self.line, self.count = line, 0
+        def __init__(self, line: Callable[[int], Parts], moved: Callable[[], None]) -> None:
+            super().__init__(id="pairs", classes="main")
+            self.line, self.moved, self.count = line, moved, 0
 
         def fill(self, count: int, cursor: int) -> None:
             self.count, self.virtual_size = count, Size(1, count)
-            self.cursor = cursor
-            self.watch_cursor()
+            self.set_reactive(Lines.cursor, max(0, min(cursor, count - 1)))
+            self.watch_cursor(0)
+            self.refresh()
 
         def validate_cursor(self, cursor: int) -> int:
             return max(0, min(cursor, self.count - 1))
 
-        def watch_cursor(self) -> None:
+        def watch_cursor(self, old: int) -> None:
             self.scroll_to_region(Region(0, self.cursor, 1, 1), animate=False)
-            self.refresh()
-            self.post_message(self.Moved())
+            self.refresh_line(old)
+            self.refresh_line(self.cursor)
+            self.moved()
 
         def action_move(self, by: int) -> None:
             self.cursor += by
@@ -1012,7 +1011,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                     yield Input(
                         placeholder="words source:x class:undecided cosine>0.9", id="filter"
                     )
-                    yield Lines(self.line, "pairs")
+                    yield Lines(self.line, self.show)
                 with Vertical():
                     yield Static(id="about", classes="head")
                     with Container(id="sides", classes="body"):
@@ -1076,12 +1075,12 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             count = f"{len(self.shown):,}{part}, {self.orders[0]}"
             self.put("#listed", [(count, DIM)])
             self.list.refresh()
-            self.on_lines_moved()
+            self.show()
             if self.bound != (bound := (bool(self.shown), bool(self.verdicts.done))):
                 self.bound = bound  # which keys work now
                 self.refresh_bindings()
 
-        def on_lines_moved(self) -> None:
+        def show(self) -> None:
             line = self.verdicts.last.get(self.pair.get("pair_id"), {})
             parts = pair_parts(self.pair, line, self.app.no_color) if self.pair else [[], [], []]
             for name, part in zip(("#about", "#train", "#test"), parts, strict=True):
