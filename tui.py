@@ -30,7 +30,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict, deque
@@ -53,11 +52,12 @@ KEYS = {  # key -> verdict and its meaning, in the order of the paper's classes
 LOOKS = {  # verdict -> letter, colour of the theme, filling of the bar, which tells without colour
     "duplicate": ("d", "$text-error", "█"),
     "gray-area": ("g", "$text-warning", "▓"),
-    "similar-but-different": ("s", "$text-accent", "▒"),
+    "similar-but-different": ("s", "$text-primary", "▒"),
     "not-a-leak": ("n", "$text-success", "░"),
     None: ("·", "bold", " "),
 }
 DIM = "dim"
+PAIRS, LOG = ("contamination", "pairs.jsonl"), ("adapter", "train_log.jsonl")
 SHORT = {"gray-area": "gray", "similar-but-different": "similar", "not-a-leak": "no leak"}
 LONGEST = 4000  # characters of one field that are shown
 ALIGNED = 500  # words up to which common words are aligned too: beyond, it would take seconds
@@ -68,7 +68,6 @@ IGNORABLE = re.compile(  # letters and marks, by their category, that terminals 
 )
 WORD = re.compile(r"\w+|[^\w\s.,;:!?'\"$\\(){}\[\]]")  # what a reader takes for a word or symbol
 RECORDED = Path(__file__).with_name("demo") / "recorded"
-REPLAYED = 40  # lines of the recorded log that are there when the demo opens
 POLL, POLL_STEPS = 0.5, 3.0  # seconds between two looks at followed files, at all steps' folders
 CHUNK = 1 << 19  # bytes of a log parsed at once, some 15 ms: keys are answered in between
 POINTS = 500  # buckets of a long curve, at least: more than a wide screen has dots
@@ -92,7 +91,7 @@ STEPS = {  # folder -> script, and its inputs where the folder is not out/
 }
 SIGNS = {  # status of a step -> sign and colour
     "finished": ("✓", "$text-success"),
-    "running": ("▶", "$text-accent"),
+    "running": ("▶", "$text-primary"),
     "unfinished": ("✗", "$text-error"),
     "stale": ("!", "$text-warning"),
     "not run": ("·", DIM),
@@ -576,7 +575,9 @@ def event_text(row: Row) -> str:
     """An event on one line: its step, its name, then the other fields as written."""
     names = sorted(row.keys() - {"event", "step"}, key=lambda name: name == "prompt")  # it last
     known = {name: number(row[name]) for name in names}
-    rest = [f"{k} {row[k] if v is None else short(v, '.4g')}" for k, v in known.items()]
+    longest = {"prompt": 120, "text": 600}
+    texts = {k: one_line(row[k], longest.get(k, 300)) for k in names}
+    rest = [f"{k} {texts[k] if v is None else short(v, '.4g')}" for k, v in known.items()]
     text = f"{short(number(row.get('step'))):>7}  {row['event']}  {'  '.join(rest)}"
     return one_line(text, LONGEST)
 
@@ -788,12 +789,13 @@ def pipeline_parts(states: list[StepState]) -> Parts:
 
 def summary(folder: Path) -> str:
     """Pairs, verdicts, training, results and the next command, for a pipe or a log."""
-    path = find(folder, "contamination", "pairs.jsonl")
+    path = find(folder, *PAIRS)
     (pairs, bad), verdicts = load_pairs(path), Verdicts(path.with_name("decisions.jsonl"), "")
     verdicts.poll()
-    parts = [*review_parts(pairs, verdicts, path.parent), ("\n\n", "")]
+    parts = [(f"{len(pairs):,} flagged pairs, ", ""), *review_parts(pairs, verdicts, path.parent)]
+    parts.append(("\n\n", ""))
     parts += [(f"{len(bad):,} unreadable lines: {', '.join(bad[:3])}\n\n", "")] * bool(bad)
-    path = find(folder, "adapter", "train_log.jsonl")
+    path = find(folder, *LOG)
     log, tail = RunLog(), Tail(path)
     while (rows := tail.read()) or tail.more:
         deque(map(log.add, rows), maxlen=0)
@@ -825,7 +827,7 @@ Lines { height: 1fr; scrollbar-size: 1 1; overflow-x: hidden; text-wrap: nowrap;
 #events { height: 4; padding: 0 1; border-top: solid $primary; }
 .-tall #events { height: 1fr; }
 .table { width: auto; text-wrap: nowrap; }
-ScrollableContainer, VerticalScroll { scrollbar-size: 1 1; }
+VerticalScroll { scrollbar-size: 1 1; overflow-x: auto; }
 .text { padding: 0 1; }
 Ask { align: center middle; }
 Ask > Vertical { width: 64; max-width: 95%; height: auto; padding: 1 2; border: round $primary;
@@ -847,13 +849,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
     from textual import work
     from textual.app import App, ComposeResult
     from textual.binding import Binding
-    from textual.containers import (
-        Container,
-        Horizontal,
-        ScrollableContainer,
-        Vertical,
-        VerticalScroll,
-    )
+    from textual.containers import Container, Horizontal, Vertical, VerticalScroll
     from textual.content import Content
     from textual.geometry import Region, Size
     from textual.message import Message
@@ -924,11 +920,9 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         AUTO_FOCUS = "Input, OptionList"
         BINDINGS = bind(("escape", "dismiss(None)", "cancel", "Change nothing"))
 
-        def __init__(
-            self, question: str, keys: str = "", text: Any = None, choices: Any = ()
-        ) -> None:
+        def __init__(self, question: str, keys: str = "", text: Any = None, of: Any = ()) -> None:
             super().__init__()
-            self.question, self.keys, self.text, self.choices = question, keys, text, choices
+            self.question, self.keys, self.text, self.choices = question, keys, text, of
 
         def compose(self) -> ComposeResult:
             with Vertical():
@@ -980,22 +974,12 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         BINDINGS = bind(
             *((k, f"decide('{v}')", SHORT.get(v, v), tip) for k, (v, tip) in KEYS.items()),
             ("a", "accept", "accept", "Take the suggested class as the verdict"),
-            (
-                "u",
-                "undo",
-                "undo",
-                "Take this session's last verdict back, by a new line in the log",
-            ),
+            ("u", "undo", "undo", "Take this session's last verdict back, by a new line"),
             ("e", "note", "note", "Write a note on the pair"),
             ("space", "next", "", "Go to the next undecided pair"),
             ("slash", "filter", "filter", "Filter: words, field:value, cosine>0.9; escape ends it"),
             ("f", "fields", "", "Filter by a source, benchmark, subject, class or suggestion"),
-            (
-                "o",
-                "order",
-                "",
-                "Sort: undecided first, cosine, source, benchmark, class, suggestion",
-            ),
+            ("o", "order", "", "Sort by state, cosine, source, benchmark, class, suggestion"),
             ("m", "mark", "", "Give all undecided pairs of the list one verdict, after asking"),
             ("J,shift+down", "texts(3)", "", "Scroll the texts down"),
             ("K,shift+up", "texts(-3)", "", "Scroll the texts up"),
@@ -1008,9 +992,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             with Horizontal(id="body", classes="body"):
                 with Vertical(id="list"):
                     yield Static(id="listed", classes="head")
-                    yield Input(
-                        placeholder="words source:x class:undecided cosine>0.9", id="filter"
-                    )
+                    yield Input(placeholder="words source:x cosine>0.9", id="filter")
                     yield Lines(self.line, self.show)
                 with Vertical():
                     yield Static(id="about", classes="head")
@@ -1019,7 +1001,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                         yield VerticalScroll(Static(id="test"), can_focus=False)
 
         def begin(self) -> None:
-            self.path = find(args.folder, "contamination", "pairs.jsonl")
+            self.path = find(args.folder, *PAIRS)
             self.verdicts = Verdicts(self.path.with_name("decisions.jsonl"), args.reviewer)
             self.seen, self.bound, self.orders, self.bad = None, None, deque(ORDERS), []
             self.pairs: list[Row] = []
@@ -1027,7 +1009,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.list = self.query_one(Lines)
 
         def poll(self) -> str:
-            if not self.pairs and find(args.folder, "contamination", "pairs.jsonl") != self.path:
+            if not self.pairs and find(args.folder, *PAIRS) != self.path:
                 self.begin()
             new, seen = self.verdicts.poll(), state_of(self.path)
             if seen != self.seen:
@@ -1040,12 +1022,9 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         def faults(self) -> str:
             strange = set(self.verdicts.last) - {pair["pair_id"] for pair in self.pairs}
-            texts = [f"{len(self.bad):,} unreadable lines: {', '.join(self.bad[:3])}"] * bool(
-                self.bad
-            )
-            if strange and self.pairs:
-                texts.append(f"{len(strange):,} verdicts are on other pairs than these; they stay")
-            return "; ".join(texts)
+            bad = f"{len(self.bad):,} unreadable lines: {', '.join(self.bad[:3])}"
+            other = f"{len(strange):,} verdicts are on other pairs than these; they stay"
+            return "; ".join([bad] * bool(self.bad) + [other] * bool(strange and self.pairs))
 
         @property
         def pair(self) -> Row:
@@ -1063,8 +1042,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         def line(self, index: int) -> Parts:
             pair, verdict = self.shown[index], self.verdicts.of(self.shown[index])
             where = one_line(f"{pair['source']} × {pair['benchmark']} {pair['subject']}", 80)
-            mark = (LOOKS[verdict][0], LOOKS[verdict][1])
-            return [mark, (f" {pair['cosine']:.3f} {where}", DIM if verdict else "")]
+            return [LOOKS[verdict][:2], (f" {pair['cosine']:.3f} {where}", DIM if verdict else "")]
 
         def draw(self) -> None:
             width = min(40, max(4, self.app.size.width - 72))
@@ -1102,11 +1080,10 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             except (OSError, ValueError) as error:
                 text = f"Not saved, so not decided: {one_line(error)}"
                 self.app.notify(text, severity="error", timeout=20, markup=False)
-            self.draw()
-            return all(
-                self.verdicts.last.get(i, {}).get("verdict") == v["verdict"]
-                for i, v in lines.items()
-            )
+                return False
+            finally:
+                self.draw()
+            return True
 
         async def action_decide(self, verdict: str) -> None:
             if await self.save({self.pair["pair_id"]: {"verdict": verdict}}):
@@ -1188,7 +1165,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                     self.query_one(Input).value += f"{found[at][0]}:{shlex.quote(found[at][1])} "
 
             choices = [f"{f}: {v}  ({counts[f, v]:,})" for f, v in found]
-            self.app.push_screen(Ask("List only the pairs with", choices=choices), add)
+            self.app.push_screen(Ask("List only the pairs with", of=choices), add)
 
         def action_order(self) -> None:
             self.orders.rotate(-1)
@@ -1216,7 +1193,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                 yield Static(id="log")
 
         def begin(self) -> None:
-            self.path = find(args.folder, "adapter", "train_log.jsonl")
+            self.path = find(args.folder, *LOG)
             self.tail, self.training, self.early = Tail(self.path), RunLog(), RunLog()
             self.charts, self.logarithmic = deque([None, *CURVES]), False
             self.dirty, self.due = True, 0.0
@@ -1228,10 +1205,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.app.theme_changed_signal.subscribe(self, lambda _: self.draw_charts())
 
         def poll(self) -> str:
-            if (
-                not self.tail.offset
-                and find(args.folder, "adapter", "train_log.jsonl") != self.path
-            ):
+            if not self.tail.offset and self.path != find(args.folder, *LOG):
                 self.begin()
             rows = self.tail.read()
             self.training = RunLog() if self.tail.restarted else self.training
@@ -1250,6 +1224,8 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             bad = [f"{self.tail.bad:,} unreadable lines"] * bool(self.tail.bad)
             events = "\n".join(bad + [event_text(row) for row in self.training.events])
             self.put("#log", [(events, "")])
+            follows = self.query_one("#events").is_anchored
+            self.query_one("#events").border_title = "following" if follows else "f to follow"
             self.query_one("#charts").display = bool(self.training.latest)
             self.dirty |= new
             if self.dirty and (not self.tail.more or time.monotonic() > self.due):
@@ -1261,14 +1237,9 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                 plot = self.query_one(f"#{name}", PlotextPlot)
                 plot.display = self.charts[0] in (None, name)
                 plot.theme = "clear" if self.app.current_theme.ansi else "auto"
-                raw = ("smoothed", "cyan+") if name == "loss" else None
-                drawn = [(name, "gray" if raw else "cyan+"), *filter(None, [raw])]
-                draw_curves(
-                    plot.plt,
-                    title,
-                    [(self.training.curves[n].buckets, c) for n, c in drawn],
-                    self.logarithmic,
-                )
+                names = {"loss": "gray", "smoothed": "cyan+"} if name == "loss" else {name: "cyan+"}
+                curves = [(self.training.curves[n].buckets, c) for n, c in names.items()]
+                draw_curves(plot.plt, title, curves, self.logarithmic)
                 plot.refresh()
 
         def action_chart(self) -> None:
@@ -1290,7 +1261,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         def compose(self) -> ComposeResult:
             yield Static(classes="fault")
-            yield ScrollableContainer(Static(id="results", classes="table"), classes="main")
+            yield VerticalScroll(Static(id="results", classes="table"), classes="main")
 
         def begin(self) -> None:
             self.orders, self.seen, self.rows = deque(RESULT_ORDERS), None, []
@@ -1299,9 +1270,8 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             path = find(args.folder, "eval", "results.json")
             if self.seen != (seen := state_of(path)):
                 self.rows, self.seen = load_results(path), seen
-            self.put(
-                "#results", result_parts(self.rows, self.orders[0], self.app.size.width >= 130)
-            )
+            wide = self.app.size.width >= 138  # columns of TABLE and MORE
+            self.put("#results", result_parts(self.rows, self.orders[0], wide))
             return ""
 
         def action_order(self) -> None:
@@ -1403,34 +1373,12 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
 @contextlib.contextmanager
 def replay(args: argparse.Namespace) -> Iterator[None]:
-    """A temporary copy of the recorded folder, where a thread trains anew: its log grows."""
+    """A temporary copy of the recorded folder, in which another process writes the log again."""
     with tempfile.TemporaryDirectory(prefix="platypus-") as place:
         args.folder = Path(shutil.copytree(RECORDED, Path(place) / "out"))
-        folder, ended = args.folder / "adapter", threading.Event()
-        lines = (folder / "train_log.jsonl").read_bytes().splitlines(keepends=True)
-        (folder / "train_log.jsonl").write_bytes(b"".join(lines[:REPLAYED]))
-        (folder / UNFINISHED).write_text(f"{read_object(folder / 'run.json').get('command')}\n")
-
-        def train() -> None:
-            with (
-                (folder / UNFINISHED).open("a") as mark,
-                (folder / "train_log.jsonl").open("ab") as log,
-            ):
-                fcntl.flock(mark, fcntl.LOCK_EX)
-                for line in lines[REPLAYED:]:
-                    if ended.wait(0.2):
-                        return
-                    log.write(line)
-                    log.flush()
-                (folder / UNFINISHED).unlink()
-
-        thread = threading.Thread(target=train)
-        thread.start()
-        try:
+        command = [sys.executable, RECORDED.with_name("replay.py"), args.folder / "adapter"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL):
             yield
-        finally:
-            ended.set()
-            thread.join()
 
 
 def main(argv: list[str] | None = None) -> None:
