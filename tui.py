@@ -607,7 +607,7 @@ def draw_curves(plt: Any, title: str, curves: list[tuple[list, str]], logarithmi
 
 NUMBERS = ("base_score", "score", "points", "percent", "p", "gained", "lost", "points_unflagged")
 NUMBERS += ("points_flagged", "low", "high")
-TABLE = "{:23.23} {:>5} {:>5} {:>8} {:13} {:19.19}"  # 78 columns
+TABLE = "{:23.23} {:>8} {:>5} {:>5} {:13} {:19.19}"  # 78 columns
 MORE = "{:>8} {:>16} {:>6} {:>6} {:>9} {:>8}"
 RESULT_ORDERS: dict[str, Callable[[Row], Any]] = {
     "benchmarks, then subjects": lambda row: ("/" in row["task"], -row["change"]),
@@ -652,7 +652,7 @@ def result_parts(rows: list[Row], order: str, wide: bool) -> Parts:
     if not rows:
         return [("Run python evaluate.py: no comparison here\n", "bold")]
     largest, parts = max(abs(row["change"]) for row in rows), []
-    head = ("task", "base", "score", "change", "", "paired test")
+    head = ("task", "change", "base", "score", "", "paired test")
     more = ("p", "95 % of points", "gained", "lost", "unflagged", "flagged")
     for base, model in dict.fromkeys((row["base"], row["model"]) for row in rows):
         parts.append((f"{model} over {base}, sorted by {order}\n", "bold"))
@@ -663,7 +663,7 @@ def result_parts(rows: list[Row], order: str, wide: bool) -> Parts:
             change = f"{row['change']:+.1f}" + (" pt" if row["percent"] is None else "%")
             scores = [short(row[k], ".1f") for k in ("base_score", "score")]
             name, shape = row["task"].removeprefix("mmlu/"), bar(row["change"], largest, 6)
-            parts.append((TABLE.format(name, *scores, change, shape, row["verdict"]), tone))
+            parts.append((TABLE.format(name, change, *scores, shape, row["verdict"]), tone))
             ends = " to ".join(short(row[k], "+.1f") for k in ("low", "high"))
             flips = [short(row[k], ".0f") for k in ("gained", "lost")]
             split = [short(row[k], "+.1f") for k in ("points_unflagged", "points_flagged")]
@@ -835,8 +835,10 @@ Ask > Vertical { width: 64; max-width: 95%; height: auto; padding: 1 2; border: 
 #small { display: none; width: 100%; height: 100%; content-align: center middle; }
 .-wide #sides { layout: horizontal; }
 .-narrow #body { layout: vertical; }
-.-narrow #list { width: 100%; max-width: 100%; height: 30%; border-right: none; }
+.-narrow #list { width: 100%; max-width: 100%; height: 40%; border-right: none; }
 .-narrow #charts { grid-size: 1; }
+.-narrow .head { max-height: 2; }
+.-narrow #sides VerticalScroll { height: auto; border: none; }
 .-narrow #where { display: none; }
 .-narrow Tab { padding: 0 1 0 0; }
 .-tiny > *, .-flat > * { display: none; }
@@ -996,7 +998,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                     yield Lines(self.line, self.show)
                 with Vertical():
                     yield Static(id="about", classes="head")
-                    with Container(id="sides", classes="body"):
+                    with VerticalScroll(id="sides", classes="body", can_focus=False):
                         yield VerticalScroll(Static(id="train"), can_focus=False)
                         yield VerticalScroll(Static(id="test"), can_focus=False)
 
@@ -1233,14 +1235,19 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                 self.draw_charts()
 
         def draw_charts(self) -> None:
+            small = self.app.size.width < 72 or self.app.size.height < 20
+            one = self.charts[0] or ("loss" if small else None)
             for name, title in CURVES.items():
                 plot = self.query_one(f"#{name}", PlotextPlot)
-                plot.display = self.charts[0] in (None, name)
+                plot.display = name == one or not one
                 plot.theme = "clear" if self.app.current_theme.ansi else "auto"
                 names = {"loss": "gray", "smoothed": "cyan+"} if name == "loss" else {name: "cyan+"}
                 curves = [(self.training.curves[n].buckets, c) for n, c in names.items()]
                 draw_curves(plot.plt, title, curves, self.logarithmic)
                 plot.refresh()
+
+        def on_resize(self) -> None:
+            self.dirty = True  # fewer charts where there is less room
 
         def action_chart(self) -> None:
             self.charts.rotate(-1)

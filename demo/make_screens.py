@@ -58,6 +58,8 @@ def main() -> None:
         for name in SCREENS:
             folder = Path(place) / name / "out"
             shutil.copytree(HERE / "recorded", folder)
+            (folder.parent / "demo").symlink_to(HERE)  # for the inputs that run.json names
+            (folder.parent / "sources.toml").symlink_to(HERE.parent / "sources.toml")
             os.chdir(folder.parent)
             (HERE / "screens").mkdir(exist_ok=True)
             (HERE / f"screens/{name}.svg").write_text(asyncio.run(draw(Path("out"), name)))

@@ -590,9 +590,11 @@ def test_help_palette_and_tabs(folder) -> None:
 @pytest.mark.parametrize("size", [(40, 12), (60, 20), (80, 24), (200, 60)])
 def test_it_works_at_any_size_with_and_without_data(tmp_path, folder, size) -> None:
     async def script(app, pilot):
-        for key in "1234":
-            await pilot.press(key, "down", "end")
-        await pilot.press("1", "d", "question_mark")
+        for key, text in zip("1234", ("Rotate", "loss, nats", "+4.0%", "finetune"), strict=True):
+            await pilot.press(key, "down", "end", "home")
+            await pilot.pause()
+            assert text in "\n".join(screen_of(app)), key
+        await pilot.press("1", "home", "d", "question_mark")
         await pilot.resize_terminal(100, 30)
         await pilot.resize_terminal(*size)
 
