@@ -20,6 +20,7 @@ import datetime
 import difflib
 import fcntl
 import functools
+import gc
 import getpass
 import json
 import math
@@ -537,7 +538,8 @@ def alarms_of(log: RunLog, path: Path, now: float) -> list[str]:
     step = (log.latest.get("seconds") or 0) / (log.latest.get("step") or 1)
     silent = now - path.stat().st_mtime
     if not (log.ended or finished) and silent > max(STALL_SECONDS, STALL_STEPS * step):
-        texts.append(f"stalled: no line for {clock(silent)}, a step took {step:.2g} s")
+        waited = clock(silent // 60 * 60)  # whole minutes: not a new text each second
+        texts.append(f"stalled: no line for {waited}, a step took {step:.2g} s")
     disk = shutil.disk_usage(path.parent)
     if disk.free < max(DISK_BYTES, DISK_SHARE * disk.total):
         texts.append(f"disk nearly full: {disk.free / 1e9:.1f} GB free")
@@ -1017,6 +1019,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             if seen != self.seen:
                 self.pairs, self.bad = load_pairs(self.path)
                 self.seen = seen
+                gc.freeze()  # else, each second, a walk over all pairs delays a key by 0.1 s
                 self.relist()
             elif new:
                 self.draw()

@@ -453,7 +453,7 @@ def test_alarms(tmp_path, monkeypatch) -> None:
     spikes = step_line(60, loss=9.0), step_line(61, loss=99.0)
     assert "loss spike at step 60, 2 times to step 61" in alarms(*spikes)
     assert "no supervised tokens at step 60" in alarms(step_line(60, supervised_tokens=0))
-    assert "stalled: no line for 0:01:01" in alarms(later=61)
+    assert "stalled: no line for 0:01:00" in alarms(later=61)
     assert alarms({"event": "end", "step": 59}, later=9999) == ""
     assert "stalled" in alarms(step_line(60, seconds=60 * 30), later=301)
     assert alarms(step_line(60, seconds=60 * 30), later=299) == ""
