@@ -160,10 +160,12 @@ def one_line(value: Any, longest: int = 200) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A JSON number as a float, NaN included; None for everything else."""
+    """A JSON number as a float, None for everything else; from 1e15 up it counts as infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if isinstance(value, float) or abs(value) < 10**300 else math.inf
+    if abs(value) >= 1e15:  # no figure of ours; charts cannot draw it
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def short(value: float | None, form: str = ".3g") -> str:
@@ -586,7 +588,7 @@ def event_text(row: Row) -> str:
 
 def draw_curves(plt: Any, title: str, curves: list[tuple[list, str]], logarithmic: bool) -> None:
     """Draw (buckets of a Curve, colour) with few, round labels; plt is plotext's figure."""
-    plt.clear_data()
+    plt.clear_figure()
     xs, ys = [], []
     for buckets, colour in curves:
         points = [(step, v) for step, *ends in buckets for v in sorted({*ends})]
@@ -599,7 +601,9 @@ def draw_curves(plt: Any, title: str, curves: list[tuple[list, str]], logarithmi
         (plt.xticks, xs, lambda v: f"{v:,.0f}"),
         (plt.yticks, ys, lambda v: short(10**v if logarithmic else v)),
     ):
-        low, high = min(values, default=0), max(values, default=0)
+        if not values:  # plotext cannot place a tick where there is no point
+            break
+        low, high = min(values), max(values)
         places = [low + (high - low) * part / 3 for part in range(4)]
         ticks(places, [label(place) for place in places])
     plt.title(f"{title}, by step" + " (log scale)" * logarithmic)
@@ -716,7 +720,7 @@ def pipeline_states(folder: Path, hashed: bool = True) -> list[StepState]:
     for path in sorted(path for path in root.iterdir() if path.is_dir()):
         mark = path / UNFINISHED
         began = re.search(r"(\w+)\.py", mark.read_text(errors="replace") if mark.exists() else "")
-        found[began[1] if began else read_object(path / "run.json").get("step")].append(path)
+        found[began[1] if began else str(read_object(path / "run.json").get("step"))].append(path)
     states = []
     for name, (script, inputs) in STEPS.items():
         quoted = shlex.quote(str(root))

@@ -947,3 +947,60 @@ def test_the_demo_replays_in_a_temporary_folder(tmp_path) -> None:
     assert terminal.close() == 0
     assert not list(tmp_path.iterdir())
     assert before == {path: path.stat().st_mtime_ns for path in tui.RECORDED.rglob("*")}
+
+
+def test_no_json_in_any_file_stops_it(folder) -> None:
+    """Random values of every type in every field of every file, extreme numbers among them."""
+    rng = random.Random(11)
+    values = [
+        None,
+        True,
+        0,
+        -1,
+        1e308,
+        -1e308,
+        float("nan"),
+        float("inf"),
+        10**400,
+        "",
+        "x",
+        [],
+        {},
+    ]
+    values += [[1, "a", None], {"a": 1}, "duplicate", "end", "start", 0.5, 1e-320]
+
+    def scramble(row: dict) -> dict:
+        return {k: v if rng.random() < 0.5 else rng.choice(values) for k, v in row.items()}
+
+    def text(rows: list) -> str:
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    for _ in range(4):
+        pairs = [scramble(make_pair(n)) for n in range(8)] + rng.sample(values, 3)
+        (folder / "contamination/pairs.jsonl").write_text(text(pairs))
+        lines = [
+            {"pair_id": f"pair{n:05}", "verdict": "duplicate", "note": "x", "time": "y"}
+            for n in range(4)
+        ]
+        log = [scramble(line) for line in lines] + rng.sample(values, 3)
+        (folder / "contamination/decisions.jsonl").write_text(text(log))
+        rows = [
+            scramble(step_line(n) | {"event": "sample"} if n % 9 == 0 else step_line(n))
+            for n in range(40)
+        ]
+        (folder / "adapter/train_log.jsonl").write_text(text(rows + rng.sample(values, 3)))
+        found = [scramble(comparison(f"t{n}", n)) for n in range(5)]
+        results = rng.choice([{"comparisons": found}, *values])
+        (folder / "eval/results.json").write_text(json.dumps(results))
+        for name, (script, _) in tui.STEPS.items():
+            (folder / name).mkdir(exist_ok=True)
+            run = {
+                "step": script,
+                "command": "x",
+                "inputs": {"a": {"sha256": "b"}},
+                "counts": {"a": 1},
+            }
+            (folder / name / "run.json").write_text(json.dumps(scramble(run)))
+            (folder / name / "apply.json").write_text(json.dumps(rng.choice(values)))
+        drive(folder, [*"1jjdaeu", "escape", *"2cccl3oo4"], size=(150, 45))
+        assert run_script("tui", folder).returncode in (0, 2)
