@@ -577,10 +577,10 @@ def run_parts(log: RunLog) -> Parts:
 
 def event_text(row: Row) -> str:
     """An event on one line: its step, its name, then the other fields as written."""
-    names = sorted(row.keys() - {"event", "step"}, key=lambda name: name == "prompt")  # it last
+    names = [name for name in row if name not in ("event", "step")]
+    names.sort(key="prompt".__eq__)  # it last
     known = {name: number(row[name]) for name in names}
-    longest = {"prompt": 120, "text": 600}
-    texts = {k: one_line(row[k], longest.get(k, 300)) for k in names}
+    texts = {k: one_line(str(row[k])[-150:] if k == "prompt" else row[k], 600) for k in names}
     rest = [f"{k} {texts[k] if v is None else short(v, '.4g')}" for k, v in known.items()]
     text = f"{short(number(row.get('step'))):>7}  {row['event']}  {'  '.join(rest)}"
     return one_line(text, LONGEST)
