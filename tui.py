@@ -400,9 +400,9 @@ def review_parts(pairs: list[Row], verdicts: Verdicts, folder: Path, width: int 
         filled = sum(len(text) for text, _ in parts[1:])
         parts.append((LOOKS[verdict][2] * (round(at) - filled), LOOKS[verdict][1]))
     parts.append(("·" * (width - round(at)), DIM))
-    parts += [
-        (f"  {v.removesuffix('-but-different')} {counts[v]:,}", LOOKS[v][1]) for v in VERDICTS
-    ]
+    for verdict in VERDICTS:
+        name = verdict.removesuffix("-but-different")
+        parts.append((f"  {name} {counts[verdict]:,}", LOOKS[verdict][1]))
     if decided == total:
         gone, rows = len(removed_rows(pairs, verdicts)), len({pair["train_id"] for pair in pairs})
         parts.append((f"\nAll decided: {gone:,} of the {rows:,} flagged rows would go. Next: ", ""))
@@ -420,12 +420,9 @@ def pair_parts(pair: Row, line: Row, plain: bool) -> list[Parts]:
     by = [("by", "reviewer"), ("at", "time"), ("note:", "note")]
     head += [(f" {word} {one_line(line[key])}", "") for word, key in by if line.get(key)]
     head += [("\nsuggested ", DIM), (one_line(pair["suggested"]) or "nothing", "bold")]
-    head += [
-        (f": {one_line(pair['why'])}", ""),
-        ("\ncosine ", DIM),
-        (f"{pair['cosine']:.4f}", "bold"),
-    ]
-    head += [(f" by {one_line(pair['detector'])} of {one_line(pair['view'])}", DIM)]
+    head += [(f": {one_line(pair['why'])}", ""), ("\ncosine ", DIM)]
+    how = f" by {one_line(pair['detector'])} of {one_line(pair['view'])}"
+    head += [(f"{pair['cosine']:.4f}", "bold"), (how, DIM)]
     train, test = printable(pair["train_question"]), printable(pair["test_question"])
     choices = [one_line(choice, 500) for choice in pair["choices"][:26]]
     lettered = "".join(f"\n{chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
@@ -568,11 +565,10 @@ def run_parts(log: RunLog) -> Parts:
         "memory GB": short(row.get("memory_gb")),
         "GPU %": short(row.get("gpu_util")),
     }
-    parts = [
-        [(f"{name} ", DIM), (f"{value}  ".replace("\n  ", "\n"), "bold")]
-        for name, value in figures.items()
-    ]
-    return sum(parts, [])
+    parts = []
+    for name, value in figures.items():
+        parts += [(f"{name} ", DIM), (f"{value}  ".replace("\n  ", "\n"), "bold")]
+    return parts
 
 
 def event_text(row: Row) -> str:
@@ -592,9 +588,7 @@ def draw_curves(plt: Any, title: str, curves: list[tuple[list, str]], logarithmi
     xs, ys = [], []
     for buckets, colour in curves:
         points = [(step, v) for step, *ends in buckets for v in sorted({*ends})]
-        points = [
-            (s, math.log10(v) if logarithmic else v) for s, v in points if v > 0 or not logarithmic
-        ]
+        points = [(s, math.log10(v)) for s, v in points if v > 0] if logarithmic else points
         plt.plot([s for s, _ in points], [v for _, v in points], color=colour, marker="braille")
         xs, ys = xs + [s for s, _ in points], ys + [v for _, v in points]
     for ticks, values, label in (
@@ -1208,7 +1202,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.dirty, self.due = True, 0.0
             if len(state := state_of(self.path)) and state[0] > CHUNK:  # the newest state first
                 with self.path.open("rb") as file:
-                    file.seek(-(1 << 16), 2)
+                    file.seek(-(1 << 16), os.SEEK_END)
                     deque(map(self.early.add, Tail(self.path).parse(file.read())), maxlen=0)
             self.query_one("#events").anchor()
             self.app.theme_changed_signal.subscribe(self, lambda _: self.draw_charts())
