@@ -19,5 +19,6 @@ for file in dataset/run.json contamination/run.json adapter/run.json adapter/tra
   mkdir -p "$here/demo/recorded/$(dirname $file)"
   cp "out/$file" "$here/demo/recorded/$file"
 done
+sed -i "s#$here/##g" "$here"/demo/recorded/*/run.json
 grep -v '"source": "world"' out/contamination/pairs.jsonl > "$here/demo/recorded/contamination/pairs.jsonl"
 grep '"source": "world"' out/contamination/pairs.jsonl | head -n 30 >> "$here/demo/recorded/contamination/pairs.jsonl" || true
