@@ -309,7 +309,7 @@ def finish_run(
     """
     apart = {UNFINISHED, "run.json", "apply.json", "decisions.jsonl"}
     files = (path for path in args.out.rglob("*") if path.is_file() and path.name not in apart)
-    standing = STANDING[args.out]
+    standing = STANDING.get(args.out, {})  # none: a folder that was new
     outputs = sorted(path for path in files if version(path) != standing.get(path))
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     installed = [p for p in PACKAGES if util.find_spec(p.replace("-", "_"))]

@@ -335,18 +335,20 @@ def local_inputs(args: argparse.Namespace) -> list[Path]:
 
 
 def read_decisions(path: Path) -> dict[str, Row]:
-    """The last verdict of each pair; a line that a crash cut short is no verdict."""
+    """The last verdict of each pair; a line that a crash cut short is none, null withdraws."""
     decisions = {}
     for _, line, _ in read_records(path) if path.exists() else ():
-        known = isinstance(line, dict) and line.get("verdict") in VERDICTS
+        known = isinstance(line, dict) and line.get("verdict", "") in (None, *VERDICTS)
         if known and isinstance(line.get("pair_id"), str):
             decisions[line["pair_id"]] = line
-    return decisions
+    return {pair_id: line for pair_id, line in decisions.items() if line["verdict"]}
 
 
-def append_decision(path: Path, pair_id: str, verdict: str, reviewer: str, note: str = "") -> None:
-    """Add one verdict to the log; it is on the disk when this returns. Safe for two reviewers."""
-    assert verdict in VERDICTS, verdict
+def append_decision(
+    path: Path, pair_id: str, verdict: str | None, reviewer: str, note: str = ""
+) -> None:
+    """Add one verdict to the log, None to withdraw; on the disk at return. Safe for two at once."""
+    assert verdict in (None, *VERDICTS), verdict
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     line = {"pair_id": pair_id, "verdict": verdict, "reviewer": reviewer, "time": now, "note": note}
     with path.open("ab+") as log:

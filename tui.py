@@ -1,26 +1,45 @@
-"""Look through flagged pairs and watch a training run, in a terminal.
+"""Review flagged pairs, watch a training run, read results, see what to run next: in a terminal.
 
 Reads an output folder (`out`, or one run's): contamination/pairs.jsonl and decisions.jsonl,
-adapter/train_log.jsonl. Writes verdicts to decisions.jsonl, one line each, on disk before the next
-pair is shown.
+adapter/train_log.jsonl, eval/results.json, every step's run.json. Writes verdicts to
+decisions.jsonl, each on disk before the next pair is drawn, and nothing else.
 
+    python tui.py --demo
     python tui.py
-    python tui.py out/demo
+    python tui.py out/demo --reviewer ann
 
-Without a terminal it prints a summary and ends. It needs no GPU and does not load torch.
+Without a terminal it prints a summary and ends. --demo shows recorded data in a temporary folder.
+It starts in a second, needs no GPU and no network, and does not load torch. It follows files on
+this machine: a run elsewhere is watched there, over SSH.
 """
 
 import argparse
+import asyncio
+import contextlib
+import datetime
+import difflib
+import fcntl
+import functools
+import gc
 import getpass
 import json
+import math
+import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
-from collections import Counter
+import tempfile
+import time
+import unicodedata
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from build_dataset import Parser, Row, UserError, run_main
-from check_contamination import append_decision, read_decisions, read_jsonl
+from build_dataset import UNFINISHED, Parser, Row, UserError, read_records, run_main, sha256_of
+from check_contamination import VERDICTS, append_decision
 
 if TYPE_CHECKING:
     from textual.app import App
@@ -31,214 +50,1353 @@ KEYS = {  # key -> verdict and its meaning, in the order of the paper's classes
     "s": ("similar-but-different", "A small change that changes the answer"),
     "n": ("not-a-leak", "A false alarm: the row stays in the clean set"),
 }
-LONGEST = 4000  # characters of one field that are shown
-PAIR = {  # fields of a pair that are shown, and their types
-    **dict.fromkeys(("pair_id", "source", "test_id", "why", "train_question"), str),
-    **dict.fromkeys(("train_answer", "test_question", "test_answer"), str),
-    "cosine": float,
-    "test_choices": list,
+LOOKS = {  # verdict -> letter, colour of the theme, filling of the bar, which tells without colour
+    "duplicate": ("d", "$text-error", "█"),
+    "gray-area": ("g", "$text-warning", "▓"),
+    "similar-but-different": ("s", "$text-primary", "▒"),
+    "not-a-leak": ("n", "$text-success", "░"),
+    None: ("·", "bold", " "),
 }
+DIM = "dim"
+PAIRS, LOG = ("contamination", "pairs.jsonl"), ("adapter", "train_log.jsonl")
+SHORT = {"gray-area": "gray", "similar-but-different": "similar", "not-a-leak": "no leak"}
+LONGEST = 4000  # characters of one field that are shown
+ALIGNED = 500  # words up to which common words are aligned too: beyond, it would take seconds
+COMBINING = 3  # marks on one letter that are drawn; scripts in use need no more
+IGNORABLE = re.compile(  # letters and marks, by their category, that terminals draw as nothing
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
+WORD = re.compile(r"\w+|[^\w\s.,;:!?'\"$\\(){}\[\]]")  # what a reader takes for a word or symbol
+RECORDED = Path(__file__).with_name("demo") / "recorded"
+POLL, POLL_STEPS = 0.5, 3.0  # seconds between two looks at followed files, at all steps' folders
+CHUNK = 1 << 19  # bytes of a log parsed at once, some 15 ms: keys are answered in between
+POINTS = 500  # buckets of a long curve, at least: more than a wide screen has dots
+SMOOTHING = 0.95  # weight of the past in the smoothed loss: about the last 20 steps
+SPIKE = 6.0  # standard deviations above the smoothed loss, and half of it, make a spike
+WARM = 20  # steps before which no loss is called a spike
+STALL_SECONDS, STALL_STEPS = 60.0, 10  # the longer of the two without a line is a stall
+DISK_BYTES, DISK_SHARE = 2e9, 0.02  # free space below either is "nearly full"
+CURVES = {  # metric -> title with its unit
+    "loss": "loss, nats per token",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+}
+STEPS = {  # folder -> script, and its inputs where the folder is not out/
+    "dataset": ("build_dataset", ""),
+    "contamination": ("check_contamination", "--dataset {root}/dataset/dataset.jsonl "),
+    "adapter": ("finetune", "--data {root}/contamination/clean.jsonl "),
+    "merged": ("merge", "--adapter {root}/adapter "),
+    "eval": ("evaluate", "--model BASE --model {root}/merged "),
+}
+SIGNS = {  # status of a step -> sign and colour
+    "finished": ("✓", "$text-success"),
+    "running": ("▶", "$text-primary"),
+    "unfinished": ("✗", "$text-error"),
+    "stale": ("!", "$text-warning"),
+    "not run": ("·", DIM),
+}
+Parts = list[tuple[str, str]]  # (text, style): what a pane shows and, joined, what a pipe gets
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of the terminal UI."""
-    parser = Parser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     folder = "output folder of a pipeline or of one step (default: out)"
     parser.add_argument("folder", nargs="?", type=Path, default=Path("out"), help=folder)
-    parser.add_argument("--reviewer", help="name in the verdicts (default: git's user.name)")
+    who = "name in the verdicts (default: git's user.name, else $USER)"
+    parser.add_argument("--reviewer", metavar="NAME", help=who)
+    demo = "show recorded pairs, results and a training run; writes to a temporary folder only"
+    parser.add_argument("--demo", action="store_true", help=demo)
     args = parser.parse_args(argv)
+    if args.demo:
+        args.folder = RECORDED
     if not args.folder.is_dir():
-        raise UserError(
-            f"{args.folder} is not a folder; run bash demo.sh, or name an output folder"
-        )
-    if args.reviewer is None:
-        git = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True)
-        args.reviewer = git.stdout.strip() or getpass.getuser()
+        what = "a file, not a folder" if args.folder.exists() else "not a folder"
+        mend = "name an output folder, run bash demo.sh, or look around: python tui.py --demo"
+        raise UserError(f"{args.folder} is {what}; {mend}")
+    if not args.reviewer:
+        with contextlib.suppress(OSError):  # no git
+            git = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True)
+            args.reviewer = git.stdout.strip()
+    args.reviewer = one_line(args.reviewer or getpass.getuser())
     return args
 
 
-def printable(text: str) -> str:
+# --- text -----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8192)
+def visible(char: str) -> str:
+    """One character as it may reach a terminal: itself, or a picture or the number of it."""
+    if ord(char) < 32:
+        return "→   " if char == "\t" else chr(0x2400 + ord(char))  # Unicode's pictures of C0
+    if char.isprintable() and not IGNORABLE.match(char):
+        return char
+    return " " if unicodedata.category(char) == "Zs" else f"\\u{ord(char):04x}"
+
+
+def printable(value: Any, longest: int = LONGEST) -> str:
     """Text from a file as it may reach a terminal: control characters visible, length capped.
 
     >>> printable("a\\x1b]0;title\\x07b")
     'a\\u241b]0;title\\u2407b'
     """
-    shown = []
-    for char in text[:LONGEST]:
-        if char == "\n" or char.isprintable():
-            shown.append(char)
-        elif char == "\t":
-            shown.append("    ")
-        else:  # the control pictures block mirrors C0; the rest as its number
-            shown.append(chr(0x2400 + ord(char)) if ord(char) < 32 else f"\\u{ord(char):04x}")
-    return "".join(shown) + ("..." if len(text) > LONGEST else "")
+    text = value if isinstance(value, str) else "" if value is None else str(value)
+    shown, marks = [], 0
+    for char in text[:longest]:
+        marks = marks + 1 if unicodedata.combining(char) else 0
+        piled = f"\\u{ord(char):04x}" if marks > COMBINING else None
+        shown.append(char if char == "\n" else piled or visible(char))
+    more = len(text) - longest
+    return "".join(shown) + (f" … ({more:,} more characters)" if more > 0 else "")
+
+
+def one_line(value: Any, longest: int = 200) -> str:
+    """`printable` on one line: a line's end is shown as ␊."""
+    return printable(value, longest).replace("\n", "␊")
+
+
+def number(value: Any) -> float | None:
+    """A JSON number as a float, None for everything else; from 1e15 up it counts as infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if abs(value) >= 1e15:  # no figure of ours; charts cannot draw it
+        return math.inf if value > 0 else -math.inf
+    return float(value)
+
+
+def short(value: float | None, form: str = ".3g") -> str:
+    """A number for a narrow place, a dash for none: 1234567.0 is '1,234,567'."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if form[-1] == "g" and 1000 <= abs(value) < 1e15 else f"{value:{form}}"
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as h:mm:ss: 3725.2 is '1:02:05'."""
+    known = seconds is not None and math.isfinite(seconds)
+    return str(datetime.timedelta(seconds=round(min(seconds, 1e9)))) if known else "–"
+
+
+def differing(a: str, b: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(start, end) of the words without a counterpart in `a`, and in `b`; case does not count.
+
+    >>> differing("Rotate about the x axis.", "rotate about the y axis")
+    ([(17, 18)], [(17, 18)])
+    """
+    sides = [list(WORD.finditer(text)) for text in (a, b)]
+    words = [[match.group().lower() for match in side] for side in sides]
+    matcher = difflib.SequenceMatcher(None, *words, max(map(len, words)) > ALIGNED)
+    spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    for tag, *ends in matcher.get_opcodes():
+        for side, start, end in ((0, *ends[:2]), (1, *ends[2:])):
+            if tag != "equal" and start < end:
+                spans[side].append((sides[side][start].start(), sides[side][end - 1].end()))
+    return spans
+
+
+def marked(text: str, spans: list[tuple[int, int]], plain: bool) -> Parts:
+    """A text with its spans in bold and underlined; `plain`, for no colour: in brackets as well."""
+    parts, last = [], 0
+    for start, end in spans:
+        shown = f"⟦{text[start:end]}⟧" if plain else text[start:end]
+        parts += [(text[last:start], ""), (shown, "bold underline $text-warning")]
+        last = end
+    return [*parts, (text[last:], "")]
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 def find(folder: Path, step: str, name: str) -> Path:
-    """A step's file, whether `folder` is the pipeline's or the step's own."""
-    return folder / name if (folder / name).exists() else folder / step / name
+    """A step's file, or its place; `folder` is the pipeline's or the step's own."""
+    usual = [path for path in (folder / name, folder / step / name) if path.exists()]
+    others = sorted(folder.glob(f"*/{name}"), key=lambda path: -path.stat().st_mtime)
+    return [*usual, *others, folder / step / name][0]
 
 
-def load_pairs(folder: Path) -> list[Row]:
-    """The flagged pairs; empty where step 2 has not run."""
-    path = find(folder, "contamination", "pairs.jsonl")
-    return read_jsonl(path, PAIR) if path.exists() else []
+def read_object(path: Path) -> Row:
+    """A JSON object such as run.json; {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
-def load_log(folder: Path) -> list[Row]:
-    """The complete lines of the training log; a line still being written is left out."""
-    path = find(folder, "adapter", "train_log.jsonl")
-    lines = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
-    ):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
+def state_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced; () where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        now = path.stat()
+        return now.st_size, now.st_mtime_ns, now.st_ino
+    return ()
+
+
+class Tail:
+    """The objects on the lines that a JSONL file has got since the last look.
+
+    The file may be absent, cut, replaced or rewritten in place: `restarted` is then True and it is
+    read from its start. A line without its end is left for later; what is no object is `bad`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.bad = path, 0
+        self.restarted = self.more = False  # more: the next look will find lines too
+        self.offset, self.before = 0, b""  # bytes read; the last of them, which must still be there
+        self.seen: tuple[int, ...] | None = None  # the file's state when all of it was read
+
+    def read(self, limit: int = CHUNK) -> list[Row]:
+        """The next lines, about `limit` bytes of them. Raises OSError where it is unreadable."""
+        self.restarted = self.more = False
+        state, data = state_of(self.path), b""
+        if state == self.seen:
+            return []
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(self.offset - len(self.before))
+            if file.read(len(self.before)) != self.before:
+                self.restart()
+                file.seek(0)
+            data = file.read(limit)
+            while data and b"\n" not in data and (more := file.read(len(data))):
+                data += more  # a line longer than the limit
+        if not state and self.offset:
+            self.restart()
+        whole = data[: data.rfind(b"\n") + 1]
+        self.offset, self.before = self.offset + len(whole), (self.before + whole)[-99:]
+        self.more, self.seen = bool(whole), None if whole else state
+        return list(self.parse(whole))
+
+    def restart(self) -> None:
+        """Begin anew."""
+        self.__init__(self.path)
+        self.restarted = True
+
+    def parse(self, data: bytes) -> Iterator[Row]:
+        """The objects among whole lines."""
+        for line in filter(bytes.strip, data.split(b"\n")):
+            row = None
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+            self.bad += not isinstance(row, dict)
+            yield from [row] * isinstance(row, dict)
+
+
+# --- review ---------------------------------------------------------------------------------------
+
+TEXTS = ("pair_id", "train_id", "source", "benchmark", "subject", "test_id", "view", "detector")
+TEXTS += ("train_question", "train_answer", "test_question", "test_answer", "suggested", "why")
+FACETS = ("source", "benchmark", "subject", "class", "suggested")  # what a filter can name
+Test = Callable[[Row, str | None], Any]  # of a pair and the verdict on it
+ORDERS: dict[str, Test] = {
+    "undecided first": lambda pair, verdict: (verdict is not None, -pair["cosine"]),
+    "cosine, high to low": lambda pair, verdict: -pair["cosine"],
+    "cosine, low to high": lambda pair, verdict: pair["cosine"],
+    "source": lambda pair, verdict: (pair["source"], -pair["cosine"]),
+    "benchmark": lambda pair, verdict: (pair["benchmark"], pair["subject"], -pair["cosine"]),
+    "class": lambda pair, verdict: (verdict or "", -pair["cosine"]),
+    "suggestion": lambda pair, verdict: (pair["suggested"], -pair["cosine"]),
+}
+
+
+def load_pairs(path: Path) -> tuple[list[Row], list[str]]:
+    """The flagged pairs, fields checked, and the places that could not be read. Raises OSError."""
+    pairs, bad = [], []
+    for place, row, _ in read_records(path) if path.exists() else ():
+        if not isinstance(row, dict) or not isinstance(row.get("pair_id"), str):
+            bad.append(place)
             continue
-    numbers = (int, float)
-    return [
-        line
-        for line in lines
-        if isinstance(line, dict)
-        and isinstance(line.get("loss"), numbers)
-        and isinstance(line.get("step"), numbers)
-    ]
+        pair: Row = {k: row[k] if isinstance(row.get(k), str) else "" for k in TEXTS}
+        choices, cosine = row.get("test_choices"), number(row.get("cosine"))
+        pair["choices"] = choices if isinstance(choices, list) else []
+        pair["cosine"] = cosine if cosine is not None and math.isfinite(cosine) else 0.0
+        pair["search"] = "\n".join([*(pair[k] for k in TEXTS), *map(str, pair["choices"])]).lower()
+        pairs.append(pair)
+    return pairs, bad
+
+
+class Verdicts:
+    """The decision log as it stands on the disk, other reviewers' lines included."""
+
+    def __init__(self, path: Path, reviewer: str) -> None:
+        self.tail, self.path, self.reviewer = Tail(path), path, reviewer
+        self.last: dict[str, Row] = {}  # pair_id -> its last line
+        self.done: list[dict[str, Row]] = []  # each write() of this session: what stood before it
+
+    def poll(self) -> bool:
+        """Read what is new; whether there was anything. Raises OSError."""
+        rows = self.tail.read()
+        new = bool(rows) or self.tail.restarted
+        self.last = {} if self.tail.restarted else self.last
+        for row in rows:
+            known = row.get("verdict", "") in (None, *VERDICTS)
+            if known and isinstance(row.get("pair_id"), str):
+                self.last[row["pair_id"]] = row
+        return self.poll() or new if self.tail.more else new
+
+    def of(self, pair: Row) -> str | None:
+        """The verdict on a pair; None while undecided."""
+        return self.last.get(pair["pair_id"], {}).get("verdict")
+
+    def write(self, lines: dict[str, Row]) -> Iterator[None]:
+        """Append {pair_id: what changes: verdict, note}; each is on disk when its turn ends.
+
+        A verdict of None withdraws. Raises OSError, ValueError.
+        """
+        group: dict[str, Row] = {}
+        for pair_id, change in lines.items():
+            old = self.last.get(pair_id, {})
+            before = {"verdict": old.get("verdict"), "note": str(old.get("note") or "")}
+            line = {**before, **change}
+            append_decision(self.path, pair_id, line["verdict"], self.reviewer, line["note"])
+            self.done += [] if group else [group]
+            group[pair_id] = before
+            self.poll()  # what is shown is what the disk holds
+            yield
+
+
+def facet(pair: Row, name: str, verdict: str | None) -> str:
+    """What a pair has of a field that filters name; `class` is its verdict."""
+    return (verdict or "undecided") if name == "class" else one_line(pair[name])
+
+
+def make_filter(text: str) -> Test:
+    """A filter as typed: words, field:part of its value, cosine>0.9; all must hold.
+
+    >>> pair = {"search": "about the x axis", "source": "math", "cosine": 0.95}
+    >>> [make_filter(text)(pair, None) for text in ("axis source:ma class:und", "cosine>0.96")]
+    [True, False]
+    """
+    tests: list[Test] = []
+    try:
+        parts = shlex.split(text.lower())
+    except ValueError:  # a quote that is still open while one types
+        parts = text.lower().split()
+    for part in parts:
+        name, _, value = part.partition(":")
+        if bound := re.fullmatch(r"cosine:?([<>])=?(\d*\.?\d+)", part):
+            sign = 1 if bound[1] == ">" else -1
+            tests.append(lambda pair, _, s=sign, x=float(bound[2]): s * (pair["cosine"] - x) >= 0)
+        elif name in FACETS and value:
+            tests.append(lambda pair, v, n=name, x=value: x in facet(pair, n, v).lower())
+        else:
+            tests.append(lambda pair, _, x=part: x in pair["search"])
+    return lambda pair, verdict: all(test(pair, verdict) for test in tests)
+
+
+def removed_rows(pairs: list[Row], verdicts: Verdicts) -> set[str]:
+    """The train_ids that `apply` would remove by default: not all of their pairs are not-a-leak."""
+    return {pair["train_id"] for pair in pairs if verdicts.of(pair) != "not-a-leak"}
+
+
+def review_parts(pairs: list[Row], verdicts: Verdicts, folder: Path, width: int = 30) -> Parts:
+    """How many pairs are decided, and how; at the end, what `apply` would remove."""
+    counts = Counter(map(verdicts.of, pairs))
+    decided, total = len(pairs) - counts[None], len(pairs)
+    parts, at = [(f"{decided:,} of {total:,} decided ", "bold")], 0
+    for verdict in VERDICTS:
+        at += width * counts[verdict] / max(1, total)
+        filled = sum(len(text) for text, _ in parts[1:])
+        parts.append((LOOKS[verdict][2] * (round(at) - filled), LOOKS[verdict][1]))
+    parts.append(("·" * (width - round(at)), DIM))
+    for verdict in VERDICTS:
+        name = verdict.removesuffix("-but-different")
+        parts.append((f"  {name} {counts[verdict]:,}", LOOKS[verdict][1]))
+    if decided == total:
+        gone, rows = len(removed_rows(pairs, verdicts)), len({pair["train_id"] for pair in pairs})
+        parts.append((f"\nAll decided: {gone:,} of the {rows:,} flagged rows would go. Next: ", ""))
+        parts.append((f"python check_contamination.py apply --out {folder}", "bold"))
+    return parts
+
+
+def pair_parts(pair: Row, line: Row, plain: bool) -> list[Parts]:
+    """What is known of a pair, its training side, its benchmark side; what differs is marked.
+
+    The choices are compared only where most of them stand in the training text too.
+    """
+    _, tone, _ = LOOKS[line.get("verdict")]
+    head = [(line.get("verdict") or "undecided", f"bold {tone}")]
+    by = [("by", "reviewer"), ("at", "time"), ("note:", "note")]
+    head += [(f" {word} {one_line(line[key])}", "") for word, key in by if line.get(key)]
+    head += [("\nsuggested ", DIM), (one_line(pair["suggested"]) or "nothing", "bold")]
+    head += [(f": {one_line(pair['why'])}", ""), ("\ncosine ", DIM)]
+    how = f" by {one_line(pair['detector'])} of {one_line(pair['view'])}"
+    head += [(f"{pair['cosine']:.4f}", "bold"), (how, DIM)]
+    train, test = printable(pair["train_question"]), printable(pair["test_question"])
+    choices = [one_line(choice, 500) for choice in pair["choices"][:26]]
+    lettered = "".join(f"\n{chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
+    inside = sum(choice.lower() in train.lower() for choice in choices)
+    left, right = differing(train, test + lettered * (2 * inside > len(choices)))
+    sides = [head]
+    for name, key, text, spans, answer in (
+        ("TRAINING", "source", train, left, pair["train_answer"]),
+        ("BENCHMARK", "test_id", test + lettered, right, pair["test_answer"]),
+    ):
+        title = [(name, "bold reverse"), (f" {one_line(pair[key])}\n", DIM)]
+        answers = [("\n\nANSWER ", "bold"), (printable(answer), "")]
+        sides.append(title + marked(text, spans, plain) + answers)
+    return sides
+
+
+# --- watch ----------------------------------------------------------------------------------------
+
+
+class Curve:
+    """A metric over steps in at most 2 x POINTS buckets of (step, lowest, highest) value.
+
+    When full, neighbours are joined: a spike outlives any number of halvings.
+    """
+
+    def __init__(self) -> None:
+        self.buckets: list[tuple[float, float, float]] = []
+        self.stride = self.filled = 1  # values of a bucket, of the last one
+
+    def add(self, step: float, value: float) -> None:
+        """Take the value of a later step."""
+        if self.buckets and self.filled < self.stride:
+            first, low, high = self.buckets[-1]
+            self.buckets[-1] = (first, min(low, value), max(high, value))
+            self.filled += 1
+            return
+        if len(self.buckets) == 2 * POINTS:
+            joined = zip(self.buckets[::2], self.buckets[1::2], strict=True)
+            self.buckets = [(a[0], min(a[1], b[1]), max(a[2], b[2])) for a, b in joined]
+            self.stride *= 2
+        self.buckets.append((step, value, value))
+        self.filled = 1
+
+
+class RunLog:
+    """What a training log tells, taken line by line in constant memory."""
+
+    def __init__(self) -> None:
+        self.curves = {name: Curve() for name in (*CURVES, "smoothed")}
+        self.latest: dict[str, float | None] = {}  # the newest step's numbers
+        self.events: deque[Row] = deque(maxlen=1000)
+        self.alarms: dict[str, tuple[float, float, int]] = {}  # first step, last step, how many
+        self.lines = self.supervised = self.tokens = 0.0
+        self.mean = self.variance = 0.0  # of the loss, exponentially weighted
+        self.total: float | None = None  # steps
+        self.ended = False
+
+    def add(self, row: Row) -> None:
+        """Take one line of the log, an event or a step."""
+        step = number(row.get("step"))
+        if "event" in row:
+            self.events.append(row)
+            self.ended = row["event"] == "end"
+            if row["event"] == "start":
+                self.total = number(row.get("steps")) or number(row.get("total_steps"))
+        elif step is not None and math.isfinite(step):
+            if step <= (self.latest.get("step") or 0):  # a resumed run writes its steps again
+                for curve in self.curves.values():
+                    curve.buckets = [bucket for bucket in curve.buckets if bucket[0] < step]
+            self.add_step(step, {name: number(value) for name, value in row.items()})
+
+    def add_step(self, step: float, row: dict[str, float | None]) -> None:
+        """Add a step to the curves, the sums and the alarms."""
+        self.latest, self.lines, self.ended = row, self.lines + 1, False
+        self.tokens += row.get("tokens") or 0
+        self.supervised += row.get("supervised_tokens") or 0
+        for name in CURVES:
+            value = row.get(name)
+            if value is not None and math.isfinite(value):
+                self.curves[name].add(step, value)
+                if name == "loss":
+                    self.smooth(step, value)
+            elif name in row and name in ("loss", "grad_norm"):
+                self.alarm(f"{name.replace('_', ' ')} is NaN or infinite", step)
+        if row.get("supervised_tokens") == 0:
+            self.alarm("no supervised tokens", step)
+
+    def smooth(self, step: float, loss: float) -> None:
+        """Follow the loss's mean and variance; far above them is a spike."""
+        past = min(1 - 1 / self.lines, SMOOTHING)  # at first a plain mean
+        limit = self.mean + max(SPIKE * math.sqrt(self.variance), 0.5 * abs(self.mean))
+        if self.lines > WARM and loss > limit:
+            self.alarm("loss spike", step)
+        change = loss - self.mean
+        self.mean += (1 - past) * change
+        self.variance = past * (self.variance + (1 - past) * change * change)
+        self.curves["smoothed"].add(step, self.mean)
+
+    def alarm(self, kind: str, step: float) -> None:
+        """Count an alarm of this kind."""
+        first, _, count = self.alarms.get(kind, (step, step, 0))
+        self.alarms[kind] = (first, step, count + 1)
+
+
+def alarms_of(log: RunLog, path: Path, now: float) -> list[str]:
+    """The alarms of the run that writes `path`; now: seconds since 1970. Raises OSError."""
+    texts = []
+    for kind, (first, last, count) in log.alarms.items():
+        more = f", {count:,} times to step {last:,.0f}" if count > 1 else ""
+        texts.append(f"{kind} at step {first:,.0f}{more}")
+    finished = (path.parent / "run.json").exists() and not (path.parent / UNFINISHED).exists()
+    step = (log.latest.get("seconds") or 0) / (log.latest.get("step") or 1)
+    silent = now - path.stat().st_mtime
+    if not (log.ended or finished) and silent > max(STALL_SECONDS, STALL_STEPS * step):
+        waited = clock(silent // 60 * 60)  # whole minutes: not a new text each second
+        texts.append(f"stalled: no line for {waited}, a step took {step:.2g} s")
+    disk = shutil.disk_usage(path.parent)
+    if disk.free < max(DISK_BYTES, DISK_SHARE * disk.total):
+        texts.append(f"disk nearly full: {disk.free / 1e9:.1f} GB free")
+    return texts
+
+
+def run_parts(log: RunLog) -> Parts:
+    """How a run stands, in three lines."""
+    if not (row := log.latest):
+        return [("Run python finetune.py: no training log here", "bold")]
+    step, seconds, eta = row.get("step"), row.get("seconds"), row.get("eta_seconds")
+    total = log.total or (step * (1 + eta / seconds) if step and seconds and eta else None)
+    figures = {
+        "step": short(step) + (f" of {total:,.0f}, {step / total:.0%}" if total and step else ""),
+        "epoch": short(row.get("epoch")),
+        "ETA": "ended" if log.ended else clock(eta),
+        "run for": clock(seconds) + "\n",
+        "loss": f"{short(row.get('loss'), '.4g')}, smoothed {short(log.mean, '.4g')}",
+        "rate": short(row.get("learning_rate")),
+        "grad norm": short(row.get("grad_norm")),
+        "tokens/s": short(row.get("tokens_per_second")) + "\n",
+        "supervised": f"{log.supervised:,.0f} of {log.tokens:,.0f} tokens",
+        "MFU": short(row.get("mfu"), ".1%"),
+        "memory GB": short(row.get("memory_gb")),
+        "GPU %": short(row.get("gpu_util")),
+    }
+    parts = []
+    for name, value in figures.items():
+        parts += [(f"{name} ", DIM), (f"{value}  ".replace("\n  ", "\n"), "bold")]
+    return parts
+
+
+def event_text(row: Row) -> str:
+    """An event on one line: its step, its name, then the other fields as written."""
+    names = [name for name in row if name not in ("event", "step")]
+    names.sort(key="prompt".__eq__)  # it last
+    known = {name: number(row[name]) for name in names}
+    texts = {k: one_line(str(row[k])[-150:] if k == "prompt" else row[k], 600) for k in names}
+    rest = [f"{k} {texts[k] if v is None else short(v, '.4g')}" for k, v in known.items()]
+    text = f"{short(number(row.get('step'))):>7}  {row['event']}  {'  '.join(rest)}"
+    return one_line(text, LONGEST)
+
+
+def draw_curves(plt: Any, title: str, curves: list[tuple[list, str]], logarithmic: bool) -> None:
+    """Draw (buckets of a Curve, colour) with few, round labels; plt is plotext's figure."""
+    plt.clear_figure()
+    xs, ys = [], []
+    for buckets, colour in curves:
+        points = [(step, v) for step, *ends in buckets for v in sorted({*ends})]
+        points = [(s, math.log10(v)) for s, v in points if v > 0] if logarithmic else points
+        plt.plot([s for s, _ in points], [v for _, v in points], color=colour, marker="braille")
+        xs, ys = xs + [s for s, _ in points], ys + [v for _, v in points]
+    for ticks, values, label in (
+        (plt.xticks, xs, lambda v: f"{v:,.0f}"),
+        (plt.yticks, ys, lambda v: short(10**v if logarithmic else v)),
+    ):
+        if not values:  # plotext cannot place a tick where there is no point
+            break
+        low, high = min(values), max(values)
+        places = [low + (high - low) * part / 3 for part in range(4)]
+        ticks(places, [label(place) for place in places])
+    plt.title(f"{title}, by step" + " (log scale)" * logarithmic)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+NUMBERS = ("base_score", "score", "points", "percent", "p", "gained", "lost", "points_unflagged")
+NUMBERS += ("points_flagged", "low", "high")
+TABLE = "{:23.23} {:>8} {:>5} {:>5} {:13} {:19.19}"  # 78 columns
+MORE = "{:>8} {:>16} {:>6} {:>6} {:>9} {:>8}"
+RESULT_ORDERS: dict[str, Callable[[Row], Any]] = {
+    "benchmarks, then subjects": lambda row: ("/" in row["task"], -row["change"]),
+    "largest gain first": lambda row: -row["change"],
+    "largest loss first": lambda row: row["change"],
+    "name": lambda row: row["task"],
+}
+
+
+def load_results(path: Path) -> list[Row]:
+    """The comparisons of results.json, texts printable, numbers finite or None; [] without any.
+
+    `change` is percent, or points where the base has no score. Raises UserError, OSError.
+    """
+    rows = []
+    try:
+        found = json.loads(path.read_bytes()).get("comparisons") if path.exists() else None
+        for row in found or ():
+            row |= dict(zip(("low", "high"), row.get("interval") or (), strict=False))
+            values = {k: number(row.get(k)) for k in NUMBERS}
+            values = {k: v if math.isfinite(v or 0) else None for k, v in values.items()}
+            values |= {k: one_line(row.get(k)) for k in ("model", "base", "task", "verdict")}
+            change = values["points"] if values["percent"] is None else values["percent"]
+            rows.append(values | {"change": change or 0.0})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no results.json of evaluate.py: {one_line(error)}") from None
+    return rows
+
+
+def bar(value: float, largest: float, half: int) -> str:
+    """A bar from the middle: to the left below zero, to the right above.
+
+    >>> bar(1.0, 2.0, 4), bar(-2.0, 2.0, 4)
+    ('    │██  ', '████│    ')
+    """
+    drawn = "█" * round(half * abs(value) / (largest or 1))
+    return f"{drawn if value < 0 else '':>{half}}│{drawn if value > 0 else '':<{half}}"
+
+
+def result_parts(rows: list[Row], order: str, wide: bool) -> Parts:
+    """The changes over the base as a table with bars; `wide` adds the last columns."""
+    if not rows:
+        return [("Run python evaluate.py: no comparison here\n", "bold")]
+    largest, parts = max(abs(row["change"]) for row in rows), []
+    head = ("task", "change", "base", "score", "", "paired test")
+    more = ("p", "95 % of points", "gained", "lost", "unflagged", "flagged")
+    for base, model in dict.fromkeys((row["base"], row["model"]) for row in rows):
+        parts.append((f"{model} over {base}, sorted by {order}\n", "bold"))
+        parts.append((TABLE.format(*head) + MORE.format(*more) * wide + "\n", DIM))
+        chosen = [row for row in rows if (row["base"], row["model"]) == (base, model)]
+        for row in sorted(chosen, key=RESULT_ORDERS[order]):
+            tone = {"better": "$text-success", "worse": "$text-error"}.get(row["verdict"], "")
+            change = f"{row['change']:+.1f}" + (" pt" if row["percent"] is None else "%")
+            scores = [short(row[k], ".1f") for k in ("base_score", "score")]
+            name, shape = row["task"].removeprefix("mmlu/"), bar(row["change"], largest, 6)
+            parts.append((TABLE.format(name, change, *scores, shape, row["verdict"]), tone))
+            ends = " to ".join(short(row[k], "+.1f") for k in ("low", "high"))
+            flips = [short(row[k], ".0f") for k in ("gained", "lost")]
+            split = [short(row[k], "+.1f") for k in ("points_unflagged", "points_flagged")]
+            rest = MORE.format(short(row["p"], ".2g"), ends, *flips, *split)
+            parts.append((rest * wide + "\n", ""))
+    return parts
+
+
+# --- pipeline -------------------------------------------------------------------------------------
+
+
+class StepState(NamedTuple):
+    """How one step's folder stands; status is one of SIGNS."""
+
+    script: str
+    folder: Path
+    status: str
+    counts: str
+    why: str
+    command: str
+
+
+@functools.lru_cache(maxsize=4096)
+def hash_known(path: Path, state: tuple[int, ...]) -> str:
+    """The sha256 of a file in this state: computed again only when it changes."""
+    return sha256_of(path)
+
+
+def is_held(mark: Path) -> bool:
+    """Whether a living process holds a step's folder; lets go of it at once."""
+    with contextlib.suppress(FileNotFoundError, PermissionError), mark.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def pipeline_states(folder: Path, hashed: bool = True) -> list[StepState]:
+    """Every step's folders in order; `folder` is the pipeline's, or one step's own. Reads only.
+
+    hashed: compare the inputs with run.json, which takes long where they are large; else nothing
+    is called stale. Raises OSError.
+    """
+    own = any((folder / name).exists() for name in ("run.json", UNFINISHED))
+    root = folder.absolute().parent if own else folder
+    found: dict[Any, list[Path]] = defaultdict(list)
+    for path in sorted(path for path in root.iterdir() if path.is_dir()):
+        mark = path / UNFINISHED
+        began = re.search(r"(\w+)\.py", mark.read_text(errors="replace") if mark.exists() else "")
+        found[began[1] if began else str(read_object(path / "run.json").get("step"))].append(path)
+    states = []
+    for name, (script, inputs) in STEPS.items():
+        quoted = shlex.quote(str(root))
+        flags = f" {inputs.format(root=quoted)}--out {quoted}/{name}" * (quoted != "out")
+        missing = StepState(script, root / name, "not run", "", "", f"python {script}.py{flags}")
+        states += [step_state(script, path, root, hashed) for path in found[script]] or [missing]
+    return states
+
+
+def step_state(script: str, path: Path, root: Path, hashed: bool) -> StepState:
+    """The state of one folder, the reason for it, and the command that mends or repeats it."""
+    mark, run = path / UNFINISHED, read_object(path / "run.json")
+    command = one_line(run.get("command") or f"python {script}.py --out {path}", LONGEST)
+    plain = run["counts"].items() if isinstance(run.get("counts"), dict) else ()
+    shown = [f"{number(v):,.0f} {one_line(k, 20)}" for k, v in plain if number(v) is not None]
+    counts = ", ".join(shown[:4] + ["partial"] * bool(run.get("partial"))).replace("_", " ")
+    if mark.exists():
+        began = one_line(mark.read_text(errors="replace").strip(), LONGEST) or command
+        if is_held(mark):
+            return StepState(script, path, "running", counts, "a process is at work", began)
+        began += " --resume" * (any(path.glob("checkpoints/*")) and "--resume" not in began)
+        why = "no process is at work on it: it was stopped or killed"
+        return StepState(script, path, "unfinished", counts, why, began)
+    changed, gone = changed_inputs(run, root) if hashed else ([], [])
+    log, known = path / "decisions.jsonl", read_object(path / "apply.json")
+    if changed:
+        why = "changed since: " + ", ".join(map(one_line, changed[:3]))
+        why += f" and {len(changed) - 3} more" * (len(changed) > 3)
+    elif hashed and known and log.exists() and known.get("decisions_sha256") != sha256_of(log):
+        command = f"python {script}.py apply --out {shlex.quote(str(path))}"
+        return StepState(script, path, "stale", counts, "verdicts newer than clean.jsonl", command)
+    else:
+        why = "inputs unchanged, by hash" if hashed else "hashing the inputs"
+        why = f"gone: {', '.join(map(one_line, gone[:3]))}" if gone else why
+    command += " --overwrite" * ("--overwrite" not in command)
+    return StepState(script, path, "stale" if changed else "finished", counts, why, command)
+
+
+def changed_inputs(run: Row, root: Path) -> tuple[list[str], list[str]]:
+    """Inputs of a run whose sha256 is not run.json's, and inputs that are gone.
+
+    Relative names are looked for from here and from every folder above `root`.
+    """
+    changed, gone, inputs = [], [], run.get("inputs")
+    for name, about in inputs.items() if isinstance(inputs, dict) else ():
+        places = (place / name for place in (Path(), *root.absolute().parents))
+        path = next(filter(os.path.isfile, places), None)
+        known = about.get("sha256") if isinstance(about, dict) else None
+        if path is None:
+            gone.append(name)
+        elif known != hash_known(path, state_of(path)):
+            changed.append(name)
+    return changed, gone
+
+
+def pipeline_parts(states: list[StepState]) -> Parts:
+    """The steps with their state and reason, then what to run next."""
+    parts = []
+    for state in states:
+        sign, tone = SIGNS[state.status]
+        parts += [(f"{sign} {state.status:<11}", tone), (f"{state.script:<20}", "bold")]
+        parts += [
+            (f"{state.counts}\n", ""),
+            (f"{'':13}{one_line(state.folder)}  {state.why}\n", DIM),
+        ]
+    todo = next((state for state in states if state.status != "finished"), None)
+    command = todo.command if todo else "nothing: all steps are finished"
+    if todo and todo.status == "running":
+        command = f"wait for {todo.script}.py, which is running"
+    return [*parts, ("\nnext  ", DIM), (command, "bold")]
 
 
 def summary(folder: Path) -> str:
-    """Pairs, verdicts and the state of training, as plain text."""
-    pairs, log = load_pairs(folder), load_log(folder)
-    decisions = read_decisions(find(folder, "contamination", "decisions.jsonl"))
-    known = [
-        decisions[pair["pair_id"]]["verdict"] for pair in pairs if pair["pair_id"] in decisions
-    ]
-    lines = [f"{len(pairs)} flagged pairs, {len(known)} decided"]
-    lines += [f"  {verdict}: {count}" for verdict, count in Counter(known).most_common()]
-    if log:
-        last = log[-1]
-        lines.append(f"training: step {last['step']}, loss {last['loss']:.4f}")
-    else:
-        lines.append("training: no log; run python finetune.py")
-    return "\n".join(lines)
+    """Pairs, verdicts, training, results and the next command, for a pipe or a log."""
+    path = find(folder, *PAIRS)
+    (pairs, bad), verdicts = load_pairs(path), Verdicts(path.with_name("decisions.jsonl"), "")
+    verdicts.poll()
+    parts = [(f"{len(pairs):,} flagged pairs, ", ""), *review_parts(pairs, verdicts, path.parent)]
+    parts.append(("\n\n", ""))
+    parts += [(f"{len(bad):,} unreadable lines: {', '.join(bad[:3])}\n\n", "")] * bool(bad)
+    path = find(folder, *LOG)
+    log, tail = RunLog(), Tail(path)
+    while (rows := tail.read()) or tail.more:
+        deque(map(log.add, rows), maxlen=0)
+    alarms = alarms_of(log, path, time.time()) if log.latest else []
+    parts += [*run_parts(log), *((f"\nALARM: {text}", "") for text in alarms), ("\n\n", "")]
+    rows = load_results(find(folder, "eval", "results.json"))
+    parts += [*result_parts(rows, next(iter(RESULT_ORDERS)), True), ("\n", "")]
+    parts += pipeline_parts(pipeline_states(folder))
+    return printable("".join(text for text, _ in parts), 10**6)
 
 
-def pair_text(pair: Row, decision: Row | None) -> str:
-    """One pair for the detail pane."""
-    verdict = f"{decision['verdict']} by {decision.get('reviewer')}" if decision else "undecided"
-    choices = "\n".join(f"  {choice}" for choice in pair["test_choices"])
-    return printable(
-        f"cosine {pair['cosine']:.4f}   {pair['source']} x {pair['test_id']}   {verdict}\n"
-        f"{pair['why']}\n\n"
-        f"TRAINING QUESTION\n{pair['train_question']}\n\nits answer\n{pair['train_answer']}\n\n"
-        f"BENCHMARK QUESTION\n{pair['test_question']}\n{choices}\n\n"
-        f"its answer\n{pair['test_answer']}"
-    )
+# --- the app --------------------------------------------------------------------------------------
+
+MOVES = {"down,j": 1, "up,k": -1, "pagedown,ctrl+d": 10, "pageup,ctrl+u": -10}
+MOVES |= {"home": -(10**9), "end,G": 10**9}
+CSS = """
+#top { height: 1; background: $panel; }
+#top Tabs { width: 46; height: 1; & Underline { display: none; } }
+#top Tab.-active { color: $primary; text-style: bold reverse; }
+#where { width: 1fr; text-align: right; color: $text-muted; padding: 0 1; }
+ContentSwitcher, Pane, .body { height: 1fr; }
+.fault { display: none; max-height: 6; color: $text-error; text-style: bold reverse; }
+.fault, .head { height: auto; padding: 0 1; }
+Lines { height: 1fr; scrollbar-size: 1 1; overflow-x: hidden; text-wrap: nowrap; }
+#list { width: 36%; max-width: 60; border-right: solid $primary; }
+#filter { height: 1; border: none; padding: 0 1; display: none; }
+#sides VerticalScroll { height: 1fr; width: 1fr; padding: 0 1; border-top: solid $primary; }
+#charts { layout: grid; grid-size: 2; height: 3fr; }
+#events { height: 4; padding: 0 1; border-top: solid $primary; }
+.-tall #events { height: 1fr; }
+.table { width: auto; text-wrap: nowrap; }
+VerticalScroll { scrollbar-size: 1 1; overflow-x: auto; }
+.text { padding: 0 1; }
+Ask { align: center middle; }
+Ask > Vertical { width: 64; max-width: 95%; height: auto; padding: 1 2; border: round $primary;
+                 background: $surface; }
+#small { display: none; width: 100%; height: 100%; content-align: center middle; }
+.-wide #sides { layout: horizontal; }
+.-narrow #body { layout: vertical; }
+.-narrow #list { width: 100%; max-width: 100%; height: 40%; border-right: none; }
+.-narrow #charts { grid-size: 1; }
+.-narrow .head { max-height: 2; }
+.-narrow #sides VerticalScroll { height: auto; border: none; }
+.-narrow #where { display: none; }
+.-narrow Tab { padding: 0 1 0 0; }
+.-tiny > *, .-flat > * { display: none; }
+.-tiny > #small, .-flat > #small { display: block; }
+"""
 
 
 def make_app(args: argparse.Namespace) -> "App[None]":
-    """The app; made in a function so that --help loads no third-party package."""
+    """The app; its classes are made in a function so that --help loads no third-party package."""
+    from textual import work
     from textual.app import App, ComposeResult
     from textual.binding import Binding
-    from textual.containers import Horizontal, VerticalScroll
+    from textual.containers import Container, Horizontal, Vertical, VerticalScroll
     from textual.content import Content
-    from textual.widgets import Footer, Header, OptionList, Static, TabbedContent, TabPane
+    from textual.geometry import Region, Size
+    from textual.message import Message
+    from textual.reactive import reactive
+    from textual.screen import ModalScreen
+    from textual.scroll_view import ScrollView
+    from textual.strip import Strip
+    from textual.visual import Visual
+    from textual.widgets import ContentSwitcher, Footer, Input, OptionList, Static, Tab, Tabs
     from textual_plotext import PlotextPlot
 
-    class PlatypusApp(App[None]):
-        """Two tabs: the flagged pairs with the chosen one beside them, and the loss curve."""
+    def bind(*rows: tuple[str, str, str, str]) -> list[Binding]:
+        """Bindings of (keys, action, name in the footer or "", what it does).
 
-        TITLE = "platypus"
-        CSS = """
-        #pairs { width: 36%; }
-        #detail { padding: 0 1; }
+        What takes text or another key acts at once, before the next key finds its receiver: over a
+        slow link several arrive together, and the words of a filter are no verdicts.
         """
-        BINDINGS = [
-            *(
-                Binding(
-                    key, f"decide('{verdict}')", verdict.removesuffix("-but-different"), tooltip=tip
-                )
-                for key, (verdict, tip) in KEYS.items()
-            ),
-            Binding("question_mark", "show_help_panel", "help", tooltip="Show or hide all keys"),
-            Binding("q", "quit", "quit", tooltip="Leave; every verdict is on disk already"),
+        first = ("filter", "note", "mark", "fields")
+        return [
+            Binding(k, a, name or tip, show=bool(name), tooltip=tip, priority=a in first)
+            for k, a, name, tip in rows
         ]
 
-        def __init__(self) -> None:
+    class Lines(ScrollView, can_focus=True):
+        """A list that renders only the lines in sight: 10,000 cost what 20 do."""
+
+        BINDINGS = bind(*((k, f"move({by})", "", "Move in the list") for k, by in MOVES.items()))
+        cursor = reactive(0, init=False)
+
+        def __init__(self, line: Callable[[int], Parts], moved: Callable[[], None]) -> None:
+            super().__init__(id="pairs", classes="main")
+            self.line, self.moved, self.count = line, moved, 0
+
+        def fill(self, count: int, cursor: int) -> None:
+            self.count, self.virtual_size = count, Size(1, count)
+            self.set_reactive(Lines.cursor, max(0, min(cursor, count - 1)))
+            self.watch_cursor(0)
+            self.refresh()
+
+        def validate_cursor(self, cursor: int) -> int:
+            return max(0, min(cursor, self.count - 1))
+
+        def watch_cursor(self, old: int) -> None:
+            self.scroll_to_region(Region(0, self.cursor, 1, 1), animate=False)
+            self.refresh_line(old)
+            self.refresh_line(self.cursor)
+            self.moved()
+
+        def action_move(self, by: int) -> None:
+            self.cursor += by
+
+        def on_click(self, event: Any) -> None:
+            self.cursor = round(self.scroll_y) + event.y
+
+        def render_line(self, y: int) -> Strip:
+            index, style = y + round(self.scroll_y), "reverse" if self.has_focus else "underline"
+            parts = self.line(index) if index < self.count else []
+            if index == self.cursor and parts:
+                parts = [("▸" + "".join(t for t, _ in parts).ljust(self.size.width), style)]
+            else:
+                parts = [(" ", ""), *parts]
+            content = Content.assemble(*parts)
+            return Visual.to_strips(self, content, self.size.width, 1, self.visual_style)[0]
+
+    class Ask(ModalScreen[Any]):
+        """A question that a key, a line of text or a choice answers; escape answers None."""
+
+        AUTO_FOCUS = "Input, OptionList"
+        BINDINGS = bind(("escape", "dismiss(None)", "cancel", "Change nothing"))
+
+        def __init__(self, question: str, keys: str = "", text: Any = None, of: Any = ()) -> None:
             super().__init__()
-            self.pairs = load_pairs(args.folder)
-            self.log_path = find(args.folder, "contamination", "decisions.jsonl")
-            if find(args.folder, "contamination", "pairs.jsonl").parent == args.folder:
-                self.log_path = args.folder / "decisions.jsonl"
-            self.decisions = read_decisions(self.log_path)
+            self.question, self.keys, self.text, self.choices = question, keys, text, of
 
         def compose(self) -> ComposeResult:
-            yield Header()
-            with TabbedContent():
-                with TabPane("Review", id="review"):
-                    with Horizontal():
-                        yield OptionList(*map(self.label, self.pairs), id="pairs")
-                        with VerticalScroll():
-                            empty = "No flagged pairs here. Run: python check_contamination.py"
-                            yield Static(empty, id="detail", markup=False)
-                with TabPane("Training", id="training"):
-                    yield PlotextPlot(id="loss")
-            yield Footer()
+            with Vertical():
+                yield Static(Content(self.question + "\n\nescape  cancel"))
+                if self.text is not None:
+                    yield Input(self.text)
+                if self.choices:
+                    yield OptionList(*map(Content, self.choices))
 
-        def label(self, pair: Row) -> Content:
-            verdict = self.decisions.get(pair["pair_id"], {}).get("verdict", "")
-            return Content(
-                f"{verdict[:1] or ' '} {pair['cosine']:.3f} {printable(pair['test_id'])}"
-            )
+        def on_key(self, event: Any) -> None:
+            if event.key in self.keys:
+                self.dismiss(event.key)
+
+        def on_input_submitted(self, event: Any) -> None:
+            self.dismiss(event.value)
+
+        def on_option_list_option_selected(self, event: Any) -> None:
+            self.dismiss(event.option_index)
+
+    class Pane(Vertical):
+        """A tab: looks at its files every POLL seconds, and says what cannot be read."""
 
         def on_mount(self) -> None:
-            self.draw_loss()
-            self.set_interval(1, self.draw_loss)
-            self.query_one("#pairs").focus()
+            self.drawn: dict[str, Parts] = {}
+            self.begin()
+            self.look()
+            self.set_interval(POLL, self.look)
 
-        def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
-            self.show(event.option_index)
+        def look(self) -> None:
+            try:
+                fault = self.poll()
+            except (OSError, UserError) as error:
+                fault = f"Cannot be read: {error}"
+            self.query_one(".fault").display = bool(fault)
+            self.put(".fault", [(one_line(fault, 500), "")])
+            label = f"{[*panes].index(self.id) + 1} {self.id.title()}{'!' * bool(fault)}"
+            tab = self.app.query_one(f"#tab-{self.id}", Tab)
+            if tab.label_text != label:
+                tab.label = label
 
-        def show(self, index: int) -> None:
-            pair = self.pairs[index]
-            text = pair_text(pair, self.decisions.get(pair["pair_id"]))
-            self.query_one("#detail", Static).update(Content(text))
+        def put(self, selector: str, parts: Parts) -> None:
+            if self.drawn.get(selector) != parts:
+                self.drawn[selector] = parts
+                self.query_one(selector, Static).update(Content.assemble(*parts))
 
-        def action_decide(self, verdict: str) -> None:
-            listed = self.query_one("#pairs", OptionList)
-            index = listed.highlighted
-            if index is None or not listed.has_focus:  # a pair that is not in sight is not judged
-                return
-            pair = self.pairs[index]
-            append_decision(self.log_path, pair["pair_id"], verdict, args.reviewer)
-            self.decisions = read_decisions(self.log_path)
-            listed.replace_option_prompt_at_index(index, self.label(pair))
-            self.show(index)
-            listed.highlighted = min(index + 1, len(self.pairs) - 1)
+    class Review(Pane):
+        """The flagged pairs, and the one under the cursor with what differs marked."""
 
-        def draw_loss(self) -> None:
-            log = load_log(args.folder)
-            plot = self.query_one("#loss", PlotextPlot)
-            plot.plt.clear_data()
-            plot.plt.title("loss" if log else "No training log here. Run: python finetune.py")
-            plot.plt.xlabel("optimizer step")
-            plot.plt.plot([line["step"] for line in log], [line["loss"] for line in log])
-            plot.refresh()
+        BINDINGS = bind(
+            *((k, f"decide('{v}')", SHORT.get(v, v), tip) for k, (v, tip) in KEYS.items()),
+            ("a", "accept", "accept", "Take the suggested class as the verdict"),
+            ("u", "undo", "undo", "Take this session's last verdict back, by a new line"),
+            ("e", "note", "note", "Write a note on the pair"),
+            ("space", "next", "", "Go to the next undecided pair"),
+            ("slash", "filter", "filter", "Filter: words, field:value, cosine>0.9; escape ends it"),
+            ("f", "fields", "", "Filter by a source, benchmark, subject, class or suggestion"),
+            ("o", "order", "", "Sort by state, cosine, source, benchmark, class, suggestion"),
+            ("m", "mark", "", "Give all undecided pairs of the list one verdict, after asking"),
+            ("J,shift+down", "texts(3)", "", "Scroll the texts down"),
+            ("K,shift+up", "texts(-3)", "", "Scroll the texts up"),
+            ("escape", "unfilter", "", "End the filter"),
+        )
+
+        def compose(self) -> ComposeResult:
+            yield Static(classes="fault")
+            yield Static(id="progress", classes="head")
+            with Horizontal(id="body", classes="body"):
+                with Vertical(id="list"):
+                    yield Static(id="listed", classes="head")
+                    yield Input(placeholder="words source:x cosine>0.9", id="filter")
+                    yield Lines(self.line, self.show)
+                with Vertical():
+                    yield Static(id="about", classes="head")
+                    with VerticalScroll(id="sides", classes="body", can_focus=False):
+                        yield VerticalScroll(Static(id="train"), can_focus=False)
+                        yield VerticalScroll(Static(id="test"), can_focus=False)
+
+        def begin(self) -> None:
+            self.path = find(args.folder, *PAIRS)
+            self.verdicts = Verdicts(self.path.with_name("decisions.jsonl"), args.reviewer)
+            self.seen, self.bound, self.orders, self.bad = None, None, deque(ORDERS), []
+            self.pairs: list[Row] = []
+            self.shown: list[Row] = []
+            self.list = self.query_one(Lines)
+
+        def poll(self) -> str:
+            if not self.pairs and find(args.folder, *PAIRS) != self.path:
+                self.begin()
+            new, seen = self.verdicts.poll(), state_of(self.path)
+            if seen != self.seen:
+                self.pairs, self.bad = load_pairs(self.path)
+                self.seen = seen
+                gc.freeze()  # else, each second, a walk over all pairs delays a key by 0.1 s
+                self.relist()
+            elif new:
+                self.draw()
+            return self.faults()
+
+        def faults(self) -> str:
+            strange = set(self.verdicts.last) - {pair["pair_id"] for pair in self.pairs}
+            bad = f"{len(self.bad):,} unreadable lines: {', '.join(self.bad[:3])}"
+            other = f"{len(strange):,} verdicts are on other pairs than these; they stay"
+            return "; ".join([bad] * bool(self.bad) + [other] * bool(strange and self.pairs))
+
+        @property
+        def pair(self) -> Row:
+            return self.shown[self.list.cursor] if self.shown else {}
+
+        def relist(self, here: str | None = None) -> None:
+            passes, key = make_filter(self.query_one(Input).value), ORDERS[self.orders[0]]
+            known = [(pair, self.verdicts.of(pair)) for pair in self.pairs]
+            kept = sorted((item for item in known if passes(*item)), key=lambda item: key(*item))
+            self.shown = [pair for pair, _ in kept]
+            at = next((i for i, p in enumerate(self.shown) if p["pair_id"] == here), 0)
+            self.list.fill(len(self.shown), at)
+            self.draw()
+
+        def line(self, index: int) -> Parts:
+            pair, verdict = self.shown[index], self.verdicts.of(self.shown[index])
+            where = one_line(f"{pair['source']} × {pair['benchmark']} {pair['subject']}", 80)
+            return [LOOKS[verdict][:2], (f" {pair['cosine']:.3f} {where}", DIM if verdict else "")]
+
+        def draw(self) -> None:
+            width = min(40, max(4, self.app.size.width - 72))
+            empty = [("Run python check_contamination.py: no flagged pairs here", "bold")]
+            full = review_parts(self.pairs, self.verdicts, self.path.parent, width)
+            self.put("#progress", full if self.pairs else empty)
+            part = f" of {len(self.pairs):,}" * (len(self.shown) < len(self.pairs))
+            count = f"{len(self.shown):,}{part}, {self.orders[0]}"
+            self.put("#listed", [(count, DIM)])
+            self.list.refresh()
+            self.show()
+            if self.bound != (bound := (bool(self.shown), bool(self.verdicts.done))):
+                self.bound = bound  # which keys work now
+                self.refresh_bindings()
+
+        def show(self) -> None:
+            line = self.verdicts.last.get(self.pair.get("pair_id"), {})
+            parts = pair_parts(self.pair, line, self.app.no_color) if self.pair else [[], [], []]
+            for name, part in zip(("#about", "#train", "#test"), parts, strict=True):
+                self.put(name, part)
+
+        def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+            typing = self.query_one(Input).has_focus
+            if action == "undo" and not self.verdicts.done:
+                return None
+            free = ("filter", "fields", "order", "unfilter")
+            return (not typing or action == "unfilter") and (bool(self.shown) or action in free)
+
+        async def save(self, lines: dict[str, Row]) -> bool:
+            try:
+                for count, _ in enumerate(self.verdicts.write(lines)):
+                    if count % 20 == 19:  # the screen and other keys have their turn
+                        self.draw()
+                        await asyncio.sleep(0)
+            except (OSError, ValueError) as error:
+                text = f"Not saved, so not decided: {one_line(error)}"
+                self.app.notify(text, severity="error", timeout=20, markup=False)
+                return False
+            finally:
+                self.draw()
+            return True
+
+        async def action_decide(self, verdict: str) -> None:
+            if await self.save({self.pair["pair_id"]: {"verdict": verdict}}):
+                self.action_next()
+
+        async def action_accept(self) -> None:
+            if self.pair["suggested"] in VERDICTS:
+                await self.action_decide(self.pair["suggested"])
+            else:
+                self.app.notify("No class is suggested for this pair: decide by d, g, s or n")
+
+        def action_next(self) -> None:
+            start, count = self.list.cursor + 1, len(self.shown)
+            for index in (i % count for i in range(start, start + count)):
+                if not self.verdicts.of(self.shown[index]):
+                    self.list.cursor = index
+                    return
+
+        async def action_undo(self) -> None:
+            before = self.verdicts.done[-1]
+            if await self.save(before):
+                del self.verdicts.done[-2:]  # undoing is not itself undone
+                self.relist(next(iter(before)))
+
+        def action_note(self) -> None:
+            pair_id = self.pair["pair_id"]
+            old = self.verdicts.last.get(pair_id, {})
+
+            async def save(note: str | None) -> None:
+                if note is not None:
+                    await self.save({pair_id: {"verdict": old.get("verdict"), "note": note}})
+
+            text = one_line(old.get("note"), LONGEST)
+            self.app.push_screen(Ask("A note on this pair; enter saves it", "", text), save)
+
+        def action_mark(self) -> None:
+            left = [pair for pair in self.shown if not self.verdicts.of(pair)]
+            ask = f"One verdict for all {len(left):,} undecided pairs of the list:\n\n"
+            ask += "\n".join(f"{k}  {verdict}" for k, (verdict, _) in KEYS.items())
+
+            def confirm(key: str | None) -> None:
+                what = KEYS[key][0] if key in KEYS else None
+                chosen = {pair["pair_id"]: what or pair["suggested"] for pair in left if key}
+                lines = {i: {"verdict": v} for i, v in chosen.items() if v in VERDICTS}
+
+                async def save(sure: str | None) -> None:
+                    if sure:
+                        await self.save(lines)
+
+                text = f"Write {len(lines):,} verdicts, {what or 'as suggested'}?\n\ny  yes"
+                if key:
+                    self.app.push_screen(Ask(text, "y"), save)
+
+            self.app.push_screen(Ask(f"{ask}\na  as suggested, where it is", "dgsna"), confirm)
+
+        def action_filter(self) -> None:
+            self.query_one(Input).display = True
+            self.screen.set_focus(self.query_one(Input))
+
+        def action_unfilter(self) -> None:
+            self.query_one(Input).value = ""
+            self.query_one(Input).display = False
+            self.list.focus()
+
+        def on_input_changed(self) -> None:
+            self.relist(self.pair.get("pair_id"))
+
+        def on_input_submitted(self) -> None:
+            self.list.focus()
+
+        def action_fields(self) -> None:
+            known = [(pair, self.verdicts.of(pair)) for pair in self.pairs]
+            counts = Counter((f, facet(p, f, v)) for f in FACETS for p, v in known)
+            found = [(f, v) for f, v in sorted(counts) if v][:500]
+
+            def add(at: int | None) -> None:
+                if at is not None:
+                    self.query_one(Input).display = True
+                    self.query_one(Input).value += f"{found[at][0]}:{shlex.quote(found[at][1])} "
+
+            choices = [f"{f}: {v}  ({counts[f, v]:,})" for f, v in found]
+            self.app.push_screen(Ask("List only the pairs with", of=choices), add)
+
+        def action_order(self) -> None:
+            self.orders.rotate(-1)
+            self.relist(self.pair.get("pair_id"))
+
+        def action_texts(self, by: int) -> None:
+            for side in self.query(VerticalScroll):
+                side.scroll_relative(y=by, animate=False)
+
+    class Watch(Pane):
+        """A training run: alarms, figures, curves, events."""
+
+        BINDINGS = bind(
+            ("c", "chart", "one chart", "One chart at a time, or all four"),
+            ("l", "scale", "log scale", "Logarithmic or linear values"),
+            ("f", "follow", "follow", "Keep the newest event in sight, or stay where one reads"),
+        )
+
+        def compose(self) -> ComposeResult:
+            yield Static(classes="fault")
+            yield Static(id="figures", classes="head")
+            with Container(id="charts"):
+                yield from (PlotextPlot(id=name) for name in CURVES)
+            with VerticalScroll(id="events", classes="main"):
+                yield Static(id="log")
+
+        def begin(self) -> None:
+            self.path = find(args.folder, *LOG)
+            self.tail, self.training, self.early = Tail(self.path), RunLog(), RunLog()
+            self.charts, self.logarithmic = deque([None, *CURVES]), False
+            self.dirty, self.due = True, 0.0
+            if len(state := state_of(self.path)) and state[0] > CHUNK:  # the newest state first
+                with self.path.open("rb") as file:
+                    file.seek(-(1 << 16), os.SEEK_END)
+                    deque(map(self.early.add, Tail(self.path).parse(file.read())), maxlen=0)
+            self.query_one("#events").anchor()
+            self.app.theme_changed_signal.subscribe(self, lambda _: self.draw_charts())
+
+        def poll(self) -> str:
+            if not self.tail.offset and self.path != find(args.folder, *LOG):
+                self.begin()
+            rows = self.tail.read()
+            self.training = RunLog() if self.tail.restarted else self.training
+            deque(map(self.training.add, rows), maxlen=0)
+            if self.tail.more:
+                self.set_timer(0.001, self.look)  # the rest of a long log, keys in between
+            self.draw(bool(rows) or self.tail.restarted)
+            known = self.training if self.training.latest else None
+            return "ALARM: ".join(["", *alarms_of(known, self.path, time.time())]) if known else ""
+
+        def draw(self, new: bool) -> None:
+            known = self.early if self.tail.more and self.early.latest else self.training
+            done = self.tail.offset / max(1, *state_of(self.path)[:1] or [1])
+            reading = [(f"  reading the log, {done:.0%}", "bold reverse")]
+            self.put("#figures", run_parts(known) + reading * (self.tail.more and done < 1))
+            bad = [f"{self.tail.bad:,} unreadable lines"] * bool(self.tail.bad)
+            events = "\n".join(bad + [event_text(row) for row in self.training.events])
+            self.put("#log", [(events, "")])
+            follows = self.query_one("#events").is_anchored
+            self.query_one("#events").border_title = "following" if follows else "f to follow"
+            self.query_one("#charts").display = bool(self.training.latest)
+            self.dirty |= new
+            if self.dirty and (not self.tail.more or time.monotonic() > self.due):
+                self.dirty, self.due = False, time.monotonic() + 2 * POLL
+                self.draw_charts()
+
+        def draw_charts(self) -> None:
+            small = self.app.size.width < 72 or self.app.size.height < 20
+            one = self.charts[0] or ("loss" if small else None)
+            for name, title in CURVES.items():
+                plot = self.query_one(f"#{name}", PlotextPlot)
+                plot.display = name == one or not one
+                plot.theme = "clear" if self.app.current_theme.ansi else "auto"
+                names = {"loss": "gray", "smoothed": "cyan+"} if name == "loss" else {name: "cyan+"}
+                curves = [(self.training.curves[n].buckets, c) for n, c in names.items()]
+                draw_curves(plot.plt, title, curves, self.logarithmic)
+                plot.refresh()
+
+        def on_resize(self) -> None:
+            self.dirty = True  # fewer charts where there is less room
+
+        def action_chart(self) -> None:
+            self.charts.rotate(-1)
+            self.draw_charts()
+
+        def action_scale(self) -> None:
+            self.logarithmic = not self.logarithmic
+            self.draw_charts()
+
+        def action_follow(self) -> None:
+            events = self.query_one("#events")
+            events.anchor(not events.is_anchored)
+
+    class Results(Pane):
+        """Step 5's comparisons."""
+
+        BINDINGS = bind(("o", "order", "order", "Sort by gain, loss, name, or benchmarks first"))
+
+        def compose(self) -> ComposeResult:
+            yield Static(classes="fault")
+            yield VerticalScroll(Static(id="results", classes="table"), classes="main")
+
+        def begin(self) -> None:
+            self.orders, self.seen, self.rows = deque(RESULT_ORDERS), None, []
+
+        def poll(self) -> str:
+            path = find(args.folder, "eval", "results.json")
+            if self.seen != (seen := state_of(path)):
+                self.rows, self.seen = load_results(path), seen
+            wide = self.app.size.width >= 138  # columns of TABLE and MORE
+            self.put("#results", result_parts(self.rows, self.orders[0], wide))
+            return ""
+
+        def action_order(self) -> None:
+            self.orders.rotate(-1)
+            self.look()
+
+    class Pipeline(Pane):
+        """The five steps, and what to run next."""
+
+        BINDINGS = bind(("y", "copy", "copy the command", "Copy the next command, by OSC 52"))
+
+        class Hashed(Message):
+            """The states of all steps, or what could not be read."""
+
+            def __init__(self, states: list[StepState], fault: str) -> None:
+                super().__init__()
+                self.states, self.fault = states, fault
+
+        def compose(self) -> ComposeResult:
+            yield Static(classes="fault")
+            yield VerticalScroll(Static(id="steps", classes="text"), classes="main")
+
+        def begin(self) -> None:
+            self.parts, self.fault = [], ""
+            self.on_pipeline_hashed(self.Hashed(pipeline_states(args.folder, hashed=False), ""))
+            self.hash_inputs()
+            self.set_interval(POLL_STEPS, self.hash_inputs)
+
+        def poll(self) -> str:
+            self.put("#steps", self.parts)
+            return self.fault
+
+        @work(thread=True, exclusive=True)
+        def hash_inputs(self) -> None:
+            try:
+                self.post_message(self.Hashed(pipeline_states(args.folder), ""))
+            except OSError as error:
+                self.post_message(self.Hashed([], f"Cannot be read: {error}"))
+
+        def on_pipeline_hashed(self, message: Hashed) -> None:
+            self.parts, self.fault = pipeline_parts(message.states), message.fault
+            self.look()
+
+        def action_copy(self) -> None:
+            self.app.copy_to_clipboard(self.parts[-1][0])
+            self.app.notify("Copied, where the terminal allows it")
+
+    panes = {"review": Review, "watch": Watch, "results": Results, "pipeline": Pipeline}
+
+    class PlatypusApp(App[None]):
+        """Four tabs over one output folder."""
+
+        TITLE = "platypus"
+        AUTO_FOCUS = None  # a tab's own list has it
+        CSS = CSS
+        HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (72, "-normal"), (130, "-wide")]
+        VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-high"), (36, "-tall")]
+        BINDINGS = bind(
+            *((str(n), f"tab('{name}')", "", f"Show {name}") for n, name in enumerate(panes, 1)),
+            ("question_mark", "help", "keys", "Show or hide all keys of this tab"),
+            ("q", "quit", "", "Leave; every verdict is on disk already"),
+        )
+
+        def compose(self) -> ComposeResult:
+            with Horizontal(id="top"):
+                names = enumerate(panes, 1)
+                yield Tabs(*(Tab(f"{n} {name.title()}", id=f"tab-{name}") for n, name in names))
+                yield Static(Content(one_line(f"{args.folder}  {args.reviewer}")), id="where")
+            with ContentSwitcher(initial="review"):
+                yield from (pane(id=name) for name, pane in panes.items())
+            yield Static(id="small")
+            yield Footer(compact=True, show_command_palette=False)
+
+        def on_mount(self) -> None:
+            self.query_one(Tabs).can_focus = False
+            self.action_tab("review")
+
+        def on_resize(self, event: Any) -> None:
+            least = f"{event.size.width} × {event.size.height} is too small:\n40 × 12 is the least"
+            self.query_one("#small", Static).update(Content(least))
+
+        def on_tabs_tab_activated(self, event: Tabs.TabActivated) -> None:
+            self.action_tab(event.tab.id.removeprefix("tab-"))
+
+        def action_tab(self, name: str) -> None:
+            self.query_one(Tabs).active = f"tab-{name}"
+            self.query_one(ContentSwitcher).current = name
+            self.query_one(f"#{name}").query(".main").first().focus()
+
+        def get_system_commands(self, screen: Any) -> Any:  # nothing is written but verdicts
+            return (c for c in super().get_system_commands(screen) if c.title != "Screenshot")
+
+        def action_help(self) -> None:
+            shown = self.screen.query("HelpPanel")
+            self.action_hide_help_panel() if shown else self.action_show_help_panel()
 
     return PlatypusApp()
+
+
+@contextlib.contextmanager
+def replay(args: argparse.Namespace) -> Iterator[None]:
+    """A temporary copy of the recorded folder, in which another process writes the log again."""
+    with tempfile.TemporaryDirectory(prefix="platypus-") as place:
+        args.folder = Path(shutil.copytree(RECORDED, Path(place) / "out"))
+        command = [sys.executable, RECORDED.with_name("replay.py"), args.folder / "adapter"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL):
+            yield
 
 
 def main(argv: list[str] | None = None) -> None:
     """Open the app, or print the summary where there is no terminal."""
     args = parse_args(argv)
-    if sys.stdout.isatty() and sys.stdin.isatty():
-        make_app(args).run()
-    else:
+    if not (sys.stdout.isatty() and sys.stdin.isatty()):
         print(summary(args.folder))
+        return
+    with replay(args) if args.demo else contextlib.nullcontext():
+        make_app(args).run()
 
 
 if __name__ == "__main__":
