@@ -164,12 +164,12 @@ def read_records(path: Path) -> Iterator[tuple[str, Any, str]]:
                     yield f"{path.name}:{number}", None, str(error)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or what it held before, even after a crash."""
+def write_file(path: Path, text: str | bytes) -> None:
+    """Write `text` (UTF-8) so that `path` holds all of it or what it held before, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -205,11 +205,14 @@ def step_of(out: Path) -> str | None:
 
 
 @contextmanager
-def output_folder(out: Path, overwrite: bool, keep_run: bool = False) -> Iterator[None]:
+def output_folder(
+    out: Path, overwrite: bool, keep_run: bool = False, mend: str = ""
+) -> Iterator[None]:
     """Hold `out` as this process's unfinished output folder; finish_run() ends that state.
 
     A second process on the same folder is refused; the lock ends with its process, however that
-    ends. `keep_run` leaves run.json in place, for work on top of a finished step.
+    ends. `keep_run` leaves run.json in place, for work on top of a finished step. `mend` is what
+    the command needs besides to finish the folder.
     """
     check_output(out, overwrite)
     out.mkdir(parents=True, exist_ok=True)
@@ -219,7 +222,7 @@ def output_folder(out: Path, overwrite: bool, keep_run: bool = False) -> Iterato
         except BlockingIOError:
             raise UserError(f"another process is writing to {out}: wait for it") from None
         mark.truncate(0)
-        print(command_line(), file=mark, flush=True)
+        print(command_line() + mend, file=mark, flush=True)
         for name in () if keep_run else ("run.json", "apply.json"):
             old = out / name
             with suppress(OSError, ValueError, LookupError, TypeError):  # absent, or edited by hand
