@@ -165,7 +165,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any, str]]:
 
 
 def write_file(path: Path, text: str | bytes) -> None:
-    """Write `text` (UTF-8) so that `path` holds all of it or what it held before, even after a crash."""
+    """Write `text` so that `path` holds all of it, or what it held before, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -23,6 +23,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -32,8 +33,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import util
 from pathlib import Path
@@ -77,7 +79,11 @@ PAPER = {  # paper, table 3: flag -> (type, value, what it is)
     "lora_dropout": (float, 0.05, "of the input of A"),
 }
 OURS = {  # what the paper does not speak of
-    "loss_norm": (("example", "token"), "example", "what weighs the same in a batch; 2023: example"),
+    "loss_norm": (
+        ("example", "token"),
+        "example",
+        "what weighs the same in a batch; 2023: example",
+    ),
     "rslora": (bool, False, "the scale of B A is alpha / sqrt(rank)"),
     "dora": (bool, False, "tune direction and magnitude of the weights apart"),
     "load_in_4bit": (bool, False, "QLoRA: base in NF4, doubly quantised"),
@@ -113,10 +119,13 @@ class Example:
     input_ids: list[int]
     start: int
 
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
     @property
     def supervised(self) -> int:
         """Tokens that the loss sees: the answer and EOS."""
-        return len(self.input_ids) - self.start
+        return len(self) - self.start
 
 
 class Stop:
@@ -125,8 +134,8 @@ class Stop:
     signum, time, training = 0, 0.0, False
 
     def __init__(self) -> None:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self.take)
+        signal.signal(signal.SIGTERM, self.take)
+        signal.signal(signal.SIGINT, self.take)
 
     def take(self, signum: int, _frame: object) -> None:
         """The handler. Before the first step there is nothing to save, so it ends there too."""
@@ -151,23 +160,22 @@ class Run:
     examples: list[Example]
     held_out: list[Example]
     settings: Row  # that --resume has to meet again
-    base: Row  # what is known of the base: base_fingerprint.json
+    base: Row  # what base_fingerprint.json holds
     sizes: dict[str, int]  # of model_sizes()
     capacity: int  # tokens of a packed row
-    steps: int = 0
-    recompute: bool = False  # gradient checkpointing: activations are computed twice
-    matrix_rate: float = 1.0  # FLOP/s of this device
-    began: float = 0.0  # time.monotonic() at step 0, as if never interrupted
+    recompute_above: float  # tokens of a row that is run with gradient checkpointing
+    steps: int
+    matrix_rate: float  # FLOP/s
+    began: float  # time.monotonic() at step 0, as if never interrupted
 
     def log(self, step: int, event: str | None = None, **fields: Any) -> None:
-        """Append a line to the log: a step, or an event, which has "event" in it.
+        """Append a step, or an event, to train_log.jsonl; all have "step", the last one done.
 
-        start, resume: steps, examples, tokens, processes, matrix_tflops; checkpoint: folder;
-        validation: validation_loss, validation_loss_token; sample: prompt, text; stop: why;
-        end: seconds. All have "step", the last one done.
+        start, resume: steps, processes, matrix_tflops. checkpoint: folder. validation:
+        validation_loss, validation_loss_token. sample: prompt, text. stop: why. end: seconds.
         """
-        line = ({"event": event} if event else {}) | {"step": step, **fields}
         if RANK == 0:
+            line = ({"event": event} if event else {}) | {"step": step, **fields}
             with (self.args.out / LOG).open("a", encoding="utf-8") as log:
                 print(json.dumps(line, ensure_ascii=False), file=log)
 
@@ -192,17 +200,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro-batch-tokens", type=positive, metavar="N", help=rows)
     on = {"action": argparse.BooleanOptionalAction}
     add("--gradient-checkpointing", **on, help="default: where a row does not fit without")
+    origins = {f"recipe {name}": recipe for name, recipe in RECIPES.items()}
     for origin, settings in (("paper", PAPER), ("default", OURS)):
         add = parser.add_argument_group(f"settings ({origin})").add_argument
         for name, (kind, value, text) in settings.items():
             how = on if kind is bool else {"choices" if isinstance(kind, tuple) else "type": kind}
             add(f"--{name.replace('_', '-')}", help=f"{text} ({origin}: {value})", **how)
-    args = parser.parse_args(argv)
-    values = [(f"recipe {args.recipe}", *item) for item in RECIPES[args.recipe].items()]
-    for origin, settings in (("paper", PAPER), ("default", OURS)):
-        values += [(origin, name, value) for name, (_, value, _) in settings.items()]
-    args.origin = {n: "flag" if getattr(args, n) is not None else origin for origin, n, _ in values}
-    for _, name, value in values:
+        origins[origin] = {name: value for name, (_, value, _) in settings.items()}
+    args, values = parser.parse_args(argv), {}
+    for origin in (f"recipe {args.recipe}", "paper", "default"):
+        values |= {name: (value, origin) for name, value in origins[origin].items()}
+    args.origin = {n: o if getattr(args, n) is None else "flag" for n, (_, o) in values.items()}
+    for name, (value, _) in values.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     return check_settings(args)
 
@@ -211,7 +220,9 @@ def check_settings(args: argparse.Namespace) -> argparse.Namespace:
     """Refuse impossible settings, all at once."""
     rate, decay, dropout = args.learning_rate, args.weight_decay, args.lora_dropout
     counts = {n: getattr(args, n) for n in ("warmup_steps", "val_set_size", "sample_every")}
-    wrong = {f"--{n.replace('_', '-')} {count} is below 0": count < 0 for n, count in counts.items()}
+    wrong = {
+        f"--{n.replace('_', '-')} {count} is below 0": count < 0 for n, count in counts.items()
+    }
     wrong |= {
         f"--learning-rate {rate} is not above 0": not 0 < rate < math.inf,
         f"--weight-decay {decay} is not 0 or above": not 0 <= decay < math.inf,
@@ -279,12 +290,9 @@ def pack(examples: list[Example], tokens: int, multiple: int = 1) -> list[list[E
     """
     for count in itertools.count(multiple, multiple):
         rows: list[list[Example]] = [[] for _ in range(count)]
-        sizes = [0] * count
-        for example in sorted(examples, key=lambda example: -len(example.input_ids)):
-            index = sizes.index(min(sizes))
-            rows[index].append(example)
-            sizes[index] += len(example.input_ids)
-        if all(size <= tokens or len(row) == 1 for size, row in zip(sizes, rows, strict=True)):
+        for example in sorted(examples, key=len, reverse=True):
+            min(rows, key=lambda row: sum(map(len, row))).append(example)
+        if all(sum(map(len, row)) <= tokens or len(row) == 1 for row in rows):
             return rows
 
 
@@ -316,7 +324,7 @@ def compute_dtype(kind: str) -> "torch.dtype":
 
 
 def autocast(model: "PreTrainedModel") -> "torch.autocast":
-    """Matrix products in compute_dtype(), with the adapter's weights kept in float32."""
+    """Matrix products in compute_dtype(); the adapter's own weights stay in float32."""
     import torch
 
     dtype = compute_dtype(model.device.type)
@@ -338,6 +346,20 @@ def attend_by_example(
     return torch.cat([attend(module, *part, None, **options)[0] for part in parts], 1), None
 
 
+def set_attention(model: "PreTrainedModel", cutoff: int) -> None:
+    """Give the model attend_by_example() where its attention is plainly causal up to `cutoff`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("by_example", attend_by_example)
+    AttentionMaskInterface.register("by_example", lambda *_, **__: None)
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    plain = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+    plain &= config._attn_implementation == "sdpa" and min(w or cutoff for w in windows) >= cutoff
+    if plain:
+        model.set_attn_implementation("by_example")
+
+
 def row_losses(model: "PreTrainedModel", row: list[Example]) -> "torch.Tensor":
     """Summed cross-entropy of each example's supervised tokens, from one packed row: [examples].
 
@@ -349,15 +371,16 @@ def row_losses(model: "PreTrainedModel", row: list[Example]) -> "torch.Tensor":
 
     ids, positions, predict, targets = [], [], [], []
     for example in row:
-        predict += range(len(ids) + example.start - 1, len(ids) + len(example.input_ids) - 1)
+        predict += range(len(ids) + example.start - 1, len(ids) + len(example) - 1)
         targets += example.input_ids[example.start :]
-        positions += range(len(example.input_ids))
+        positions += range(len(example))
         ids += example.input_ids
     to = functools.partial(torch.tensor, device=model.device)
-    packed: Row = {"position_ids": to([positions])} if len(row) > 1 else {}
-    if packed and model.config._attn_implementation == "by_example":
-        packed["lengths"] = [len(example.input_ids) for example in row]
-    given = {"input_ids": to([ids]), "logits_to_keep": to(predict), "use_cache": False} | packed
+    given = {"input_ids": to([ids]), "logits_to_keep": to(predict), "use_cache": False}
+    if len(row) > 1:
+        given["position_ids"] = to([positions])
+        if model.config._attn_implementation == "by_example":
+            given["lengths"] = [len(example) for example in row]
     with autocast(model):
         logits = model(**given).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse
@@ -369,11 +392,11 @@ def isolates(model: "PreTrainedModel", examples: list[Example]) -> bool:
     """Whether a packed example's loss stays the same when its neighbour in the row changes."""
     import torch
 
-    first, second = sorted(examples, key=lambda example: len(example.input_ids))[:2]
-    model.eval()
+    first, second = sorted(examples, key=len)[:2]
+    other = replace(first, input_ids=first.input_ids[::-1])
     with torch.no_grad():
-        losses = [row_losses(model, [e, second])[1] for e in (first, replace(first, input_ids=first.input_ids[::-1]))]
-    return torch.allclose(*losses, rtol=1e-4)
+        losses = [row_losses(model.eval(), [e, second])[1] for e in (first, other)]
+    return torch.allclose(*losses, rtol=1e-6)  # equal shapes: without a leak, equal bits
 
 
 def find_device(args: argparse.Namespace) -> "torch.device":
@@ -381,15 +404,16 @@ def find_device(args: argparse.Namespace) -> "torch.device":
     import torch
 
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name += f":{os.environ['LOCAL_RANK']}" if name == "cuda" and "RANK" in os.environ else ""
+    if name == "cuda" and "RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # no such name, no such GPU, a build without it
         raise UserError(f"--device {name}: {first_line(error)}") from None
     device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -406,7 +430,7 @@ def base_folder(name: str) -> Path:
     try:  # the subfolders hold the same weights in other formats
         return Path(snapshot_download(name, allow_patterns=kinds, ignore_patterns="*/*"))
     except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
-        gate = f"if it is gated, accept its licence on https://huggingface.co/{name} and set HF_TOKEN"
+        gate = f"if it is gated, accept its licence on https://huggingface.co/{name}, set HF_TOKEN"
         fault = f"no such folder, and not to be had from the hub ({first_line(error)}); {gate}"
         raise UserError(f"--base-model {name}: {fault}") from None
 
@@ -443,20 +467,8 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     set_attention(model, args.cutoff)
-    return add_adapter(model if args.load_in_4bit or args.shard else model.to(device), args), tokenizer
-
-
-def set_attention(model: "PreTrainedModel", cutoff: int) -> None:
-    """Give the model attend_by_example() where its attention is plainly causal up to `cutoff`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register("by_example", attend_by_example)
-    AttentionMaskInterface.register("by_example", lambda *_, **__: None)  # no dense mask is built
-    config = model.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    plain = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-    if config._attn_implementation == "sdpa" and plain and min(w or cutoff for w in windows) >= cutoff:
-        model.set_attn_implementation("by_example")
+    model = model if args.load_in_4bit or args.shard else model.to(device)
+    return add_adapter(model, args), tokenizer
 
 
 def add_adapter(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrainedModel":
@@ -468,15 +480,14 @@ def add_adapter(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrain
     head, names = model.get_output_embeddings(), TARGETS.get(args.targets, args.targets.split(","))
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear | Conv1D)]
     linear = [f".{name}" for name, module in layers if module is not head]
-    unknown = [n for n in names if not any(name.endswith(f".{n}") for name in linear)]
-    if unknown and names != "all-linear":
+    wanted = [] if names == TARGETS["all"] else names
+    if unknown := [n for n in wanted if not any(name.endswith(f".{n}") for name in linear)]:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        fault = f"{', '.join(unknown)}: no linear layer of this model beside its head; it has {there}"
-        raise UserError(f"--targets {args.targets}: {fault}")
-    config = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
-    config.target_modules, config.task_type = names, "CAUSAL_LM"
-    config.use_rslora, config.use_dora = args.rslora, args.dora
-    return get_peft_model(model, config)
+        fault = f"{', '.join(unknown)}: no linear layer of this model (the head is none to tune)"
+        raise UserError(f"--targets {args.targets}: {fault}; it has {there}")
+    shape = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "target_modules": names}
+    kind = {"use_rslora": args.rslora, "use_dora": args.dora, "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LoraConfig(lora_dropout=args.lora_dropout, **shape, **kind))
 
 
 def shard(model: "PreTrainedModel", device: "torch.device") -> None:
@@ -517,10 +528,11 @@ def base_fingerprint(folder: Path) -> dict[str, str]:
                 data = b"".join(t.contiguous().view(-1).view(torch.uint8).numpy() for t in sample)
                 digest = hashlib.sha256(data).hexdigest()
                 described[name] = [part.get_dtype(), part.get_shape(), digest]
-    hashes = (json.dumps(known, sort_keys=True).encode() for known in (kept, described))
-    return dict(
-        zip(("config", "tensors"), (hashlib.sha256(h).hexdigest() for h in hashes), strict=True)
-    )
+    texts = {
+        "config": json.dumps(kept, sort_keys=True),
+        "tensors": json.dumps(described, sort_keys=True),
+    }
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def model_sizes(model: "PreTrainedModel") -> dict[str, int]:
@@ -539,37 +551,62 @@ def model_sizes(model: "PreTrainedModel") -> dict[str, int]:
     return sizes | {"base": frozen, "attention": attention}
 
 
+def matrix_rate(device: "torch.device") -> float:
+    """FLOP/s of a large matrix product on this device, which MFU is a share of."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 1024
+    square, seconds = torch.rand(size, size, device=device, dtype=compute_dtype(device.type)), []
+    for _ in range(5):
+        start = time.perf_counter()
+        (square @ square)[0, 0].item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def step_flops(batch: list[Example], sizes: dict[str, int]) -> float:
+    """Floating-point operations that a step needs; those of recomputation are not counted.
+
+    A token costs 2 a parameter forward and 2 for the gradient of its input; 2 more for that of a
+    weight, where it is tuned: 4 base + 6 trainable. The head sees supervised tokens only: 4 head.
+    Causal attention over L tokens: 2 products forward and 4 backward, L²/2 x width x 2 each.
+    """
+    cost, supervised = 4 * sizes["base"] + 6 * sizes["trainable"], sum(e.supervised for e in batch)
+    attention = 6 * sizes["attention"] * sum(len(e) ** 2 for e in batch)
+    return cost * sum(map(len, batch)) + 4 * sizes["head"] * supervised + attention
+
+
 def prepare(args: argparse.Namespace, stop: Stop) -> tuple[Run, Row]:
-    """Load rows and model, print every setting with its origin; the run, counts for run.json."""
+    """Load rows and model, print settings with their origins; the run, and counts for run.json."""
     import torch
 
     rows, device, folder = load_rows(args), find_device(args), base_folder(args.base_model)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, folder, device)
-    known = tokenise(rows, tokenizer, args.cutoff)
-    if len(known) <= args.val_set_size:
-        fault = f"rows with an answer within --cutoff {args.cutoff} tokens, --val-set-size"
-        raise UserError(f"{args.data} has {len(known)} {fault} {args.val_set_size}")
+    known, n = tokenise(rows, tokenizer, args.cutoff), args.val_set_size
+    if len(known) <= n:
+        fault = f"{len(known)} rows with an answer within --cutoff {args.cutoff} tokens"
+        raise UserError(f"{args.data} has {fault}, --val-set-size is {n}: nothing to train on")
     order = random.Random(f"{args.seed} held out").sample(known, len(known))
-    held_out, examples = order[: args.val_set_size], order[args.val_set_size :]
-    sizes = model_sizes(model)
     capacity = args.micro_batch_tokens or (CPU_ROW if device.type == "cpu" else args.cutoff)
     if len(known) > 1 and not isolates(model, known):
-        say("warning: this model mixes packed examples: each has a row of its own")
+        say("warning: packed examples of this model would mix, so each has a row of its own")
         capacity = 1
     base = {"base_model": args.base_model, "load_in_4bit": args.load_in_4bit}
-    base |= base_fingerprint(folder)
     settings = {name: getattr(args, name) for name in args.origin if name not in FREE}
     settings |= {"seed": args.seed, "limit": args.limit, "device": device.type, "processes": WORLD}
-    settings |= {"micro_batch_tokens": capacity, "data": sha256_of(args.data), "base": base["tensors"]}
+    settings |= {"micro_batch_tokens": capacity, "data": sha256_of(args.data)}
+    settings |= {"base": base_fingerprint(folder)}
+    sizes, rate = model_sizes(model), matrix_rate(device)
+    counts = report(args, known, sizes, len(rows), tokenizer.eos_token_id)
+    # rows whose activations are computed twice; a CPU's memory runs out without a word
+    above = 0 if args.shard else 2 * CPU_ROW if device.type == "cpu" else math.inf
+    above = {True: 0, False: math.inf}.get(args.gradient_checkpointing, above)
     if args.shard:
         shard(model, device)
-    counts = report(args, known, sizes, len(rows), tokenizer.eos_token_id)
-    recompute = args.shard if args.gradient_checkpointing is None else args.gradient_checkpointing
-    steps = math.ceil(len(examples) / args.batch_size) * args.epochs
-    run = Run(args, stop, model, tokenizer, examples, held_out, settings, base, sizes, capacity)
-    run.steps, run.recompute = steps, recompute
-    return run, counts
+    steps = math.ceil((len(known) - n) / args.batch_size) * args.epochs
+    texts = (tokenizer, order[n:], order[:n], settings, base | settings["base"])
+    return Run(args, stop, model, *texts, sizes, capacity, above, steps, rate, 0), counts
 
 
 def report(
@@ -582,11 +619,12 @@ def report(
     say(f"trainable: {sizes['trainable']:,} of {sizes['parameters']:,} parameters ({share:.4%})")
     if share < FEW:
         say("warning: under 0.1 % trainable; the paper found MLP targets worse there")
-    tokens, supervised = (sum(t) for t in zip(*((len(e.input_ids), e.supervised) for e in examples), strict=True))
-    cut, longest = sum(e.input_ids[-1] != eos for e in examples), max(len(e.input_ids) for e in examples)
+    tokens, supervised = sum(map(len, examples)), sum(e.supervised for e in examples)
+    cut, longest = sum(e.input_ids[-1] != eos for e in examples), max(map(len, examples))
     say(
-        f"rows: {rows:,}, {rows - len(examples):,} left out (no answer within the cutoff), {cut:,} cut "
-        f"at the end; tokens: {tokens:,}, {supervised / tokens:.1%} supervised; longest row {longest:,}"
+        f"rows: {rows:,}; {rows - len(examples):,} left out (no answer within the cutoff), "
+        f"{cut:,} cut at the end; longest: {longest:,} tokens\n"
+        f"tokens: {tokens:,}, {supervised / tokens:.1%} supervised"
     )
     counts = {"rows": rows, "left_out": rows - len(examples), "cut": cut, "tokens": tokens}
     return counts | {"supervised_tokens": supervised, "longest_row": longest} | sizes
@@ -597,8 +635,9 @@ def adapter_files(run: Run) -> dict[str, bytes]:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
 
-    state = get_peft_model_state_dict(run.model, save_embedding_layers=False)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    tuned = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    state = get_peft_model_state_dict(run.model, tuned, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config = run.model.peft_config["default"].to_dict()
     config |= {"inference_mode": True, "base_model_name_or_path": run.args.base_model}
     files = {"adapter_model.safetensors": save(tensors, {"format": "pt"})}
@@ -660,39 +699,41 @@ def load_checkpoint(run: Run, optimizer: "torch.optim.Optimizer") -> int:
             continue
         old, new = state["settings"], run.settings
         if changed := [f"{n} was {old.get(n)}, is {new[n]}" for n in new if old.get(n) != new[n]]:
-            raise UserError(f"--resume: {'; '.join(changed)}: set it back, or begin with --overwrite")
+            raise UserError(
+                f"--resume: {'; '.join(changed)}: set it back, or begin with --overwrite"
+            )
         set_peft_model_state_dict(run.model, load_file(folder / "adapter_model.safetensors"))
         moments: dict[int, Row] = {}
         for name, value in load_file(folder / "optimizer.safetensors").items():
             moments.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = value
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         run.began -= state["seconds"]
-        kept = []
-        for line in (run.args.out / LOG).read_bytes().splitlines() if RANK == 0 else ():
-            with suppress(ValueError, LookupError, TypeError):  # half written in a crash
-                kept += [line + b"\n"] if json.loads(line)["step"] <= state["step"] else []
-        if RANK == 0:
-            write_file(run.args.out / LOG, b"".join(kept))
+        cut_log(run.args.out / LOG, state["step"])
         return state["step"]
     say(f"{run.args.out} has no whole checkpoint: starting at step 0")
+    cut_log(run.args.out / LOG, -1)
     return 0
 
 
-def sum_over_processes(tensors: list["torch.Tensor"]) -> None:
-    """Replace each tensor by its sum over all processes, in one all-reduce as DDP's."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+def cut_log(path: Path, step: int) -> None:
+    """Leave the log's lines up to a step; what a crash has half written goes as well."""
+    kept = b""
+    for line in path.read_bytes().splitlines() if RANK == 0 and path.exists() else ():
+        with suppress(ValueError, LookupError, TypeError):
+            kept += line + b"\n" if json.loads(line)["step"] <= step else b""
+    if RANK == 0:
+        write_file(path, kept)
 
 
 def run_row(run: Run, row: list[Example], weights: list[float]) -> "torch.Tensor":
     """Forward of one row, and backward where gradients are on: [weighted loss, summed loss]."""
     import torch
+    from torch.utils.checkpoint import checkpoint
 
+    for module in run.model.modules():
+        if hasattr(module, "gradient_checkpointing"):  # transformers' switch, a layer at a time
+            module.gradient_checkpointing = sum(map(len, row)) > run.recompute_above
+            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     losses = row_losses(run.model, row)
     loss = (losses * losses.new_tensor(weights)).sum()
     if loss.requires_grad:
@@ -714,8 +755,10 @@ def run_batch(run: Run, batch: list[Example]) -> tuple[float, float, bool]:
             totals[:2] += run_row(run, row, token_weights(row, batch, run.args.loss_norm))
         elif run.args.shard:  # the others wait for its all-gathers: a row that weighs nothing
             run_row(run, batch[:1], [0.0])
-    grads = [p.grad for p in run.model.parameters() if p.requires_grad]
-    sum_over_processes([totals, *(grads if torch.is_grad_enabled() else [])])
+    if torch.distributed.is_initialized():  # what DDP does, but once a step
+        tuned = (p.grad for p in run.model.parameters() if p.requires_grad)
+        for tensor in (totals, *(tuned if torch.is_grad_enabled() else ())):
+            torch.distributed.all_reduce(tensor)
     loss, summed, stop = totals.tolist()
     return loss, summed / sum(example.supervised for example in batch), stop > 0
 
@@ -728,67 +771,18 @@ def fit(run: Run) -> None:
     import torch
 
     plan = (pack(batch, run.capacity, WORLD) for _, batch in batches(run.examples, run.args))
-    size = {}
-    fullest = max((row for rows in plan for row in rows), key=lambda row: sum(len(e.input_ids) for e in row))
-    tokens = sum(len(example.input_ids) for example in fullest)
+    fullest = max(itertools.chain.from_iterable(plan), key=lambda row: sum(map(len, row)))
+    fault = f"a row of {sum(map(len, fullest)):,} tokens does not fit into memory"
     while True:
         try:
-            if run.recompute:
-                run.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
             run_row(run, fullest, [1.0] * len(fullest))
             return
         except torch.OutOfMemoryError:
-            if run.recompute or run.args.gradient_checkpointing is False:
-                fault = f"a row of {tokens:,} tokens does not fit into memory"
-                raise UserError(f"{fault}: lower --cutoff, or add --load-in-4bit or --shard") from None
-        run.recompute = True
-        say(f"gradient checkpointing is on: a row of {tokens:,} tokens does not fit without")
-
-
-def matrix_rate(device: "torch.device") -> float:
-    """FLOP/s of a large matrix product on this device: what its MFU is a share of."""
-    import torch
-
-    size = 8192 if device.type == "cuda" else 1024
-    square, seconds = torch.rand(size, size, device=device, dtype=compute_dtype(device.type)), []
-    for _ in range(5):
-        start = time.perf_counter()
-        (square @ square)[0, 0].item()  # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
-def step_flops(batch: list[Example], sizes: dict[str, int]) -> float:
-    """Floating-point operations that a step needs, those of recomputation left out.
-
-    A token costs 2 a parameter forward and 2 for the gradient of its input; 2 more for that of a
-    weight, where it is tuned: 4 base + 6 trainable. The head works on supervised tokens only:
-    4 head. Causal attention over L tokens: 2 products forward, 4 backward of L²/2 x width x 2
-    each: 6 L² attention.
-    """
-    cost, tokens = 4 * sizes["base"] + 6 * sizes["trainable"], sum(len(e.input_ids) for e in batch)
-    head = 4 * sizes["head"] * sum(e.supervised for e in batch)
-    return cost * tokens + head + 6 * sizes["attention"] * sum(len(e.input_ids) ** 2 for e in batch)
-
-
-@contextmanager
-def progress(run: Run, done: int) -> Iterator[Callable[[Row], None]]:
-    """Yield what shows a step's line: a bar on a terminal, otherwise one line each."""
-
-    def describe(line: Row) -> str:
-        numbers = f"loss {line['loss']:.4f} {line['tokens_per_second']:,.0f} tokens/s"
-        return f"step {line['step']}/{run.steps} {numbers} {line['eta_seconds']:.0f} s to go"
-
-    if RANK or not sys.stderr.isatty():
-        yield lambda line: say(describe(line))
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    columns = BarColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=run.steps, completed=done)
-        yield lambda line: bar.update(task, completed=line["step"], description=describe(line))
+            if run.recompute_above == 0 or run.args.gradient_checkpointing is False:
+                mend = "lower --cutoff or --micro-batch-tokens, or add --load-in-4bit or --shard"
+                raise UserError(f"{fault}: {mend}") from None
+        say(f"{fault}: gradient checkpointing is on")
+        run.recompute_above = 0
 
 
 def optimizer_step(
@@ -799,102 +793,112 @@ def optimizer_step(
 
     # Masks of dropout follow from seed, step and process: no generator's state has to be saved.
     torch.manual_seed(random.Random(f"{run.args.seed} {step} {RANK}").getrandbits(63))
-    start, parameters = time.monotonic(), optimizer.param_groups[0]["params"]
+    start, group = time.monotonic(), optimizer.param_groups[0]
     optimizer.zero_grad(set_to_none=False)
     loss, loss_token, stop = run_batch(run, batch)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM).item()
     if not math.isfinite(loss + norm):
         ids = ", ".join(example.row_id for example in batch)
-        fault = f"step {step}: loss {loss}, gradient norm {norm}; one of the rows {ids}"
-        run.log(step, "stop", why=fault)
-        raise UserError(f"{fault}, or too high a --learning-rate; the last checkpoint is whole")
+        why = f"step {step} has loss {loss} and gradient norm {norm}, from one of the rows {ids}"
+        run.log(step - 1, "stop", why=why)
+        raise UserError(f"{why}; look at them, or lower --learning-rate; checkpoints are whole")
     optimizer.step()
-    now, tokens = time.monotonic(), sum(len(example.input_ids) for example in batch)
-    seconds, rate = now - start, optimizer.param_groups[0]["lr"]
-    line = {"loss": loss, "loss_token": loss_token, "learning_rate": rate, "grad_norm": norm}
-    line |= {"tokens": tokens, "supervised_tokens": sum(e.supervised for e in batch)}
-    line |= {"tokens_per_second": round(tokens / seconds, 1)}
-    line["mfu"] = round(step_flops(batch, run.sizes) / (seconds * WORLD * run.matrix_rate), 4)
-    on_gpu, has_nvml = torch.cuda.is_available(), util.find_spec("pynvml")
+    now, tokens = time.monotonic(), sum(map(len, batch))
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line["memory_gb"] = round((torch.cuda.max_memory_allocated() if on_gpu else used) / 1e9, 3)
-    line["gpu_util"] = torch.cuda.utilization() if on_gpu and has_nvml else None
-    line["seconds"] = round(now - run.began, 3)
-    line["eta_seconds"] = round((now - run.began) / step * (run.steps - step), 1)
-    return line, stop
+    nvml = torch.cuda.is_available() and util.find_spec("pynvml")
+    flops = step_flops(batch, run.sizes) / (now - start)
+    return {
+        "loss": loss,
+        "loss_token": loss_token,
+        "learning_rate": group["lr"],
+        "grad_norm": norm,
+        "tokens": tokens,
+        "supervised_tokens": sum(example.supervised for example in batch),
+        "tokens_per_second": round(tokens / (now - start), 1),
+        "mfu": round(flops / (WORLD * run.matrix_rate), 4),
+        "memory_gb": round((torch.cuda.max_memory_allocated() or used) / 1e9, 3),
+        "gpu_util": torch.cuda.utilization() if nvml else None,
+        "seconds": round(now - run.began, 3),
+        "eta_seconds": round((now - run.began) / step * (run.steps - step), 1),
+    }, stop
 
 
 def look(run: Run, step: int) -> None:
-    """Score the rows held out, and answer SAMPLES prompts, where this step is one for it."""
+    """Score the rows held out, and answer SAMPLES prompts, where it is this step's turn."""
     import torch
 
-    args, model = run.args, run.model
-    model.eval()
+    args, model, turn = run.args, run.model.eval(), step == run.steps
     with torch.no_grad(), autocast(model):
-        if run.held_out and (step % args.save_every == 0 or step == run.steps):
+        if run.held_out and (turn or step % args.save_every == 0):
             loss, loss_token, _ = run_batch(run, run.held_out)
             run.log(step, "validation", validation_loss=loss, validation_loss_token=loss_token)
             say(f"step {step}: validation loss {loss:.4f}")
-        for example in (run.held_out or run.examples)[: SAMPLES * bool(args.sample_every and step % args.sample_every == 0)]:
+        sampled = args.sample_every and (turn or step % args.sample_every == 0)
+        for example in (run.held_out or run.examples)[: SAMPLES if sampled else 0]:
             ids = torch.tensor([example.input_ids[: example.start]], device=model.device)
             options = {"max_new_tokens": SAMPLE_TOKENS, "do_sample": False, "use_cache": True}
-            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
-            prompt, text = (run.tokenizer.decode(part) for part in (ids[0], written[0, ids.shape[1] :]))
+            options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+            written = model.generate(input_ids=ids, **options)[0, ids.shape[1] :]
+            prompt, text = run.tokenizer.decode(ids[0]), run.tokenizer.decode(written)
             run.log(step, "sample", prompt=prompt, text=text)
     model.train()
 
 
 def train(run: Run) -> None:
-    """Run the optimizer steps that are left; a signal ends the process after a checkpoint."""
+    """Run the steps that are left; a signal ends the process after a checkpoint."""
     import torch
     from peft.helpers import disable_input_dtype_casting
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
     from transformers import get_cosine_schedule_with_warmup
 
-    args, model = run.args, run.model
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay)
+    args, model, terminal = run.args, run.model.train(), sys.stderr.isatty()
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(tuned, args.learning_rate, weight_decay=args.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, run.steps)
-    factor = schedule.lr_lambdas[0]  # of the peak rate, by steps done
     run.began = time.monotonic()
     done = load_checkpoint(run, optimizer) if args.resume else 0
-    for parameter in parameters:
+    for parameter in tuned:
         parameter.grad = torch.zeros_like(parameter)
         if torch.distributed.is_initialized():
             torch.distributed.broadcast(parameter.data, 0)
-    run.matrix_rate = matrix_rate(model.device)
-    with disable_input_dtype_casting(model), progress(run, done) as show:
-        model.train()
+    console, columns = Console(stderr=True), (BarColumn(), TextColumn("{task.description}"))
+    bar = Progress(*columns, console=console, disable=RANK > 0 or not terminal)
+    with disable_input_dtype_casting(model), bar:
         fit(run)
         run.stop.training = True
-        known = {"processes": WORLD, "matrix_tflops": round(run.matrix_rate / 1e12, 3)}
-        run.log(done, "resume" if done else "start", steps=run.steps, **known)
+        facts = {"processes": WORLD, "matrix_tflops": round(run.matrix_rate / 1e12, 3)}
+        run.log(done, "resume" if done else "start", steps=run.steps, **facts)
+        task = bar.add_task("", total=run.steps, completed=done)
         for step, (epoch, batch) in enumerate(batches(run.examples, args), 1):
             if step <= done:
                 continue
-            optimizer.param_groups[0]["lr"] = args.learning_rate * factor(step - 1)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * schedule.lr_lambdas[0](step - 1)
             line, stop = optimizer_step(run, optimizer, step, batch)
             run.log(step, epoch=round(epoch, 4), **line)
-            show({"step": step, **line})
+            pace = f"{line['tokens_per_second']:,.0f} tokens/s, {line['eta_seconds']:.0f} s to go"
+            text = f"step {step}/{run.steps} loss {line['loss']:.4f} {pace}"
+            bar.update(task, completed=step, description=text) if terminal else say(text)
             look(run, step)
             if RANK == 0 and (stop or step % args.save_every == 0 or step == run.steps):
                 save_checkpoint(run, optimizer, step)
             if stop:
-                name = signal.Signals(run.stop.signum or signal.SIGTERM).name
-                run.log(step, "stop", why=name)
-                say(f"stopped by {name} after step {step} of {run.steps}; go on with --resume")
-                sys.exit(128 + (run.stop.signum or signal.SIGTERM))
+                signum = signal.Signals(run.stop.signum or signal.SIGTERM)
+                run.log(step, "stop", why=signum.name)
+                say(f"stopped by {signum.name} after step {step}; go on with --resume")
+                sys.exit(128 + signum)
 
 
-def finished(args: argparse.Namespace) -> bool:
-    """Whether --resume has nothing to do; refuses to drop checkpoints without --overwrite."""
+def is_finished(args: argparse.Namespace) -> bool:
+    """Whether --resume has nothing to do; refuses what would lose checkpoints."""
+    unfinished = (args.out / UNFINISHED).exists()
     if args.resume and not args.out.is_dir():
         raise UserError(f"--resume: {args.out} is missing; start without --resume")
-    if args.resume and step_of(args.out) == "finetune" and not (args.out / UNFINISHED).exists():
-        say(f"{args.out} is finished already")
+    if args.resume and not unfinished and step_of(args.out) == "finetune":
         return True
-    old = checkpoints(args.out) if not args.resume else []
-    if old and (args.out / UNFINISHED).exists() and not args.overwrite:
-        raise UserError(f"{args.out} has {old[0].name}: add --resume, or --overwrite to start anew")
+    if unfinished and checkpoints(args.out) and not (args.resume or args.overwrite):
+        fault = f"{args.out} holds {checkpoints(args.out)[0].name} of a run"
+        raise UserError(f"{fault}: go on with --resume, or begin again with --overwrite")
     check_output(args.out, args.overwrite, args.data, Path(args.base_model))
     return False
 
@@ -902,21 +906,29 @@ def finished(args: argparse.Namespace) -> bool:
 def main(argv: list[str] | None = None) -> None:
     """Rows -> tokens -> steps -> adapter."""
     started, stop = time.monotonic(), Stop()
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT's calls
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about optional CPU kernels
     args = parse_args(argv)
-    if finished(args):
+    if is_finished(args):
+        print(f"{args.out} is finished already")
         return
     run, counts = prepare(args, stop)
     again = "" if args.resume else " --resume"
     with output_folder(args.out, args.overwrite, mend=again) if RANK == 0 else nullcontext():
+        if RANK == 0 and not args.resume:
+            cut_log(args.out / LOG, -1)
+            for old in checkpoints(args.out):
+                shutil.rmtree(old)
         train(run)
         if RANK == 0:
             for name, data in adapter_files(run).items():
                 write_file(args.out / name, data)
             run.log(run.steps, "end", seconds=round(time.monotonic() - run.began, 1))
             finish_run(args, [args.data], started, counts=counts | {"steps": run.steps})
-    merge = shlex.join(["--adapter", str(args.out), "--out", str(args.out.with_name("merged"))])
-    if RANK == 0:
-        print(f"wrote {args.out}: {run.steps} steps. Next:\npython merge.py {merge}")
+            flags = ["--adapter", str(args.out), "--out", str(args.out.with_name("merged"))]
+            print(
+                f"wrote {args.out}: {run.steps} steps. Next:\npython merge.py {shlex.join(flags)}"
+            )
 
 
 if __name__ == "__main__":
