@@ -411,7 +411,7 @@ def find_device(args: argparse.Namespace) -> "torch.device":
     except (RuntimeError, AssertionError) as error:  # no such name, no such GPU, a build without it
         raise UserError(f"--device {name}: {first_line(error)}") from None
     device = torch.device(name)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -473,12 +473,12 @@ def load_model(
 
 def add_adapter(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrainedModel":
     """Wrap the model in a LoRA adapter on args.targets; everything else is frozen."""
+    import torch
     from peft import LoraConfig, get_peft_model
-    from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
 
     head, names = model.get_output_embeddings(), TARGETS.get(args.targets, args.targets.split(","))
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear | Conv1D)]
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
     linear = [f".{name}" for name, module in layers if module is not head]
     wanted = [] if names == TARGETS["all"] else names
     if unknown := [n for n in wanted if not any(name.endswith(f".{n}") for name in linear)]:
@@ -487,7 +487,14 @@ def add_adapter(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrain
         raise UserError(f"--targets {args.targets}: {fault}; it has {there}")
     shape = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "target_modules": names}
     kind = {"use_rslora": args.rslora, "use_dora": args.dora, "task_type": "CAUSAL_LM"}
-    return get_peft_model(model, LoraConfig(lora_dropout=args.lora_dropout, **shape, **kind))
+    model = get_peft_model(model, LoraConfig(lora_dropout=args.lora_dropout, **shape, **kind))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:  # PEFT's own, but the same on every device and for every type of base
+            fresh = torch.nn.init.kaiming_uniform_(
+                torch.empty(parameter.shape, device="cpu"), 5**0.5
+            )
+            parameter.data = parameter.data.float().copy_(fresh)
+    return model
 
 
 def shard(model: "PreTrainedModel", device: "torch.device") -> None:
@@ -587,6 +594,9 @@ def prepare(args: argparse.Namespace, stop: Stop) -> tuple[Run, Row]:
     if len(known) <= n:
         fault = f"{len(known)} rows with an answer within --cutoff {args.cutoff} tokens"
         raise UserError(f"{args.data} has {fault}, --val-set-size is {n}: nothing to train on")
+    sizes, rate = model_sizes(model), matrix_rate(device)
+    if args.shard:
+        shard(model, device)
     order = random.Random(f"{args.seed} held out").sample(known, len(known))
     capacity = args.micro_batch_tokens or (CPU_ROW if device.type == "cpu" else args.cutoff)
     if len(known) > 1 and not isolates(model, known):
@@ -597,13 +607,10 @@ def prepare(args: argparse.Namespace, stop: Stop) -> tuple[Run, Row]:
     settings |= {"seed": args.seed, "limit": args.limit, "device": device.type, "processes": WORLD}
     settings |= {"micro_batch_tokens": capacity, "data": sha256_of(args.data)}
     settings |= {"base": base_fingerprint(folder)}
-    sizes, rate = model_sizes(model), matrix_rate(device)
     counts = report(args, known, sizes, len(rows), tokenizer.eos_token_id)
     # rows whose activations are computed twice; a CPU's memory runs out without a word
     above = 0 if args.shard else 2 * CPU_ROW if device.type == "cpu" else math.inf
     above = {True: 0, False: math.inf}.get(args.gradient_checkpointing, above)
-    if args.shard:
-        shard(model, device)
     steps = math.ceil((len(known) - n) / args.batch_size) * args.epochs
     texts = (tokenizer, order[n:], order[:n], settings, base | settings["base"])
     return Run(args, stop, model, *texts, sizes, capacity, above, steps, rate, 0), counts
@@ -781,6 +788,7 @@ def fit(run: Run) -> None:
             if run.recompute_above == 0 or run.args.gradient_checkpointing is False:
                 mend = "lower --cutoff or --micro-batch-tokens, or add --load-in-4bit or --shard"
                 raise UserError(f"{fault}: {mend}") from None
+        torch.cuda.empty_cache()
         say(f"{fault}: gradient checkpointing is on")
         run.recompute_above = 0
 
@@ -795,7 +803,11 @@ def optimizer_step(
     torch.manual_seed(random.Random(f"{run.args.seed} {step} {RANK}").getrandbits(63))
     start, group = time.monotonic(), optimizer.param_groups[0]
     optimizer.zero_grad(set_to_none=False)
-    loss, loss_token, stop = run_batch(run, batch)
+    try:
+        loss, loss_token, stop = run_batch(run, batch)
+    except torch.OutOfMemoryError as error:
+        fault = f"step {step} ran out of memory ({first_line(error)})"
+        raise UserError(f"{fault}: go on with --resume --gradient-checkpointing") from None
     norm = torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM).item()
     if not math.isfinite(loss + norm):
         ids = ", ".join(example.row_id for example in batch)

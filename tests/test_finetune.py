@@ -360,9 +360,13 @@ def make_run(model, examples, args, tokenizer=None, **changes) -> finetune.Run:
 
 
 def one_step(batch, **changes) -> tuple[dict, torch.Tensor]:
-    """The log's line and the adapter's weights after one step of finetune.py."""
+    """The log's line and the adapter's weights after one step of finetune.py.
+
+    In float64: where a gradient is as small as AdamW's epsilon, a rounding error of float32 in it
+    moves the weight by a visible part of the learning rate.
+    """
     args = settings(targets="all", loss_norm="token", out=Path("none"))
-    model = tuned_model(args, torch.float32)
+    model = tuned_model(args, torch.float64)
     tuned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(tuned, 1e-3, weight_decay=0.0)
     run = make_run(model, batch, args, **changes)
@@ -381,7 +385,7 @@ def test_our_step_is_the_trainers(batch, tmp_path) -> None:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     line, ours = one_step(batch)
-    model = tuned_model(settings(targets="all"), torch.float32)
+    model = tuned_model(settings(targets="all"), torch.float64)
     before = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     rows = [
         {
@@ -585,8 +589,8 @@ def test_two_processes_are_as_one(common, tmp_path, mode: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [[], ["--shard"]])
 def test_torchrun_starts_it_and_a_signal_stops_it(common, tmp_path, mode: list[str]) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-port", "0", str(ROOT / "finetune.py")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", "2", str(ROOT / "finetune.py")]
     command = [*launch, *map(str, [*common, "--epochs", 40, *mode, "--out", tmp_path / "out"])]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     log = tmp_path / "out/train_log.jsonl"
@@ -619,49 +623,45 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(common, tmp_path_factory) -> tuple[list[object], str, float]:
-    """Flags with dropout on, the adapter's hash of an uninterrupted run, and its seconds."""
+def whole(common, tmp_path_factory) -> tuple[list[object], str]:
+    """Flags of 24 steps with dropout, and the adapter's hash after an uninterrupted run."""
     flags = [*common, "--epochs", 3, "--save-every", 2, "--lora-dropout", "0.1"]
-    out, start = tmp_path_factory.mktemp("whole") / "out", time.monotonic()
-    assert tune(*flags, "--out", out) == 0
-    seconds = time.monotonic() - start
-    again = out.with_name("again")
-    assert tune(*flags, "--out", again) == 0
-    assert sha256(out) == sha256(again)
-    return flags, sha256(out), seconds
+    folder = tmp_path_factory.mktemp("whole")
+    for name in ("one", "again"):
+        assert tune(*flags, "--out", folder / name) == 0
+    assert sha256(folder / "one") == sha256(folder / "again")
+    return flags, sha256(folder / "one")
 
 
-def interrupt(flags: list[object], out: Path, signum: int, seconds: float) -> int | None:
-    """Start or go on, send the signal after so many seconds; the exit code, None if it was done."""
-    resume = ["--resume"] if out.is_dir() else []
-    child = fork(run_alone, [*map(str, flags), "--out", str(out), *resume])
+def interrupt(flags: list[object], out: Path, signum: int, steps: int, seconds: float) -> int:
+    """Send the signal so many seconds after so many steps; the exit code, 0 if it was done."""
+    child, log = fork(run_alone, [*map(str, flags), "--out", str(out)]), out / "train_log.jsonl"
+    wait_for(lambda: not steps or log.exists() and log.read_bytes().count(b'"loss"') >= steps)
     time.sleep(seconds)
     os.kill(child, signum)
-    code = wait(child)
-    return None if code == 0 else code
+    return wait(child)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signum", "codes"), [
-    (signal.SIGKILL, {-9}), (signal.SIGTERM, {143, -15}),
-])  # fmt: skip
-def test_20_runs_that_were_interrupted_end_alike(whole, tmp_path, signum, codes) -> None:
-    flags, expected, seconds = whole
-    rng, hit, saved = random.Random(int(signum)), 0, 0
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_20_runs_that_were_interrupted_end_alike(whole, tmp_path, signum, code) -> None:
+    """Every step has its trial; within it the moment is random. Later ones may come too late."""
+    flags, expected = whole
+    rng, hit = random.Random(int(signum)), 0
     for trial in range(20):
         out = tmp_path / str(trial)
-        code = interrupt(flags, out, signum, rng.uniform(0.2, 1) * seconds)
-        assert code in codes | {None}
-        hit += code is not None
-        saved += bool(finetune.checkpoints(out))
-        if code is not None:
+        got = interrupt(flags, out, signum, trial, rng.uniform(0, 0.1 if trial else 1))
+        assert got in (code, 0)
+        hit += got == code
+        if got == code:
             assert not (out / "run.json").exists() and not (out / ADAPTER).exists()
         assert tune(*flags, "--out", out, *(["--resume"] if out.is_dir() else [])) == 0
         assert sha256(out) == expected, trial
-        steps = [json.loads(x) for x in (out / "train_log.jsonl").open()]
-        assert [x["step"] for x in steps if "event" not in x] == list(range(1, 25))
-        assert sorted(p.name for p in out.rglob(".*")) == []
-    assert hit >= 15 and saved >= 10, (hit, saved)  # the moments were not all too early or late
+        lines = [json.loads(line) for line in (out / "train_log.jsonl").open()]
+        assert [x["step"] for x in lines if "event" not in x] == list(range(1, 25))
+        assert sorted(path.name for path in out.rglob(".*")) == []
+        shutil.rmtree(out)
+    assert hit >= 15
 
 
 def stopped(whole, out: Path, signum: int = signal.SIGTERM, after: int = 3) -> list[dict]:
@@ -676,7 +676,7 @@ def stopped(whole, out: Path, signum: int = signal.SIGTERM, after: int = 3) -> l
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_has_its_own_code(whole, tmp_path, signum) -> None:
-    flags, expected, _ = whole
+    flags, expected = whole
     out = tmp_path / "out"
     log = stopped(whole, out, signum)
     assert log[-1] == {"event": "stop", "step": log[-2]["step"], "why": signum.name}
@@ -689,7 +689,7 @@ def test_a_signal_saves_and_has_its_own_code(whole, tmp_path, signum) -> None:
 
 
 def test_a_half_written_checkpoint_falls_back_and_says_so(whole, tmp_path, capfd) -> None:
-    flags, expected, _ = whole
+    flags, expected = whole
     out = tmp_path / "out"
     stopped(whole, out, after=5)
     newest, before = finetune.checkpoints(out)
@@ -709,7 +709,7 @@ def test_a_half_written_checkpoint_falls_back_and_says_so(whole, tmp_path, capfd
 
 
 def test_without_a_whole_checkpoint_it_starts_at_step_0(whole, tmp_path) -> None:
-    flags, expected, _ = whole
+    flags, expected = whole
     out = tmp_path / "out"
     stopped(whole, out, after=5)
     for folder in finetune.checkpoints(out):
@@ -720,7 +720,7 @@ def test_without_a_whole_checkpoint_it_starts_at_step_0(whole, tmp_path) -> None
 
 
 def test_resume_refuses_what_has_changed(whole, tmp_path) -> None:
-    flags, _, _ = whole
+    flags, _ = whole
     out = tmp_path / "out"
     stopped(whole, out)
     done = run_here(*flags, "--out", out)
@@ -789,7 +789,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_rows(batch, tmp_path, bad:
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, tmp_path) -> None:
-    flags, expected, _ = whole
+    flags, expected = whole
     out = tmp_path / "out"
     stopped(whole, out)
     (before,) = [path.name for path in finetune.checkpoints(out)][:1]
