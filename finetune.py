@@ -204,7 +204,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for origin, settings in (("paper", PAPER), ("default", OURS)):
         add = parser.add_argument_group(f"settings ({origin})").add_argument
         for name, (kind, value, text) in settings.items():
-            how = on if kind is bool else {"choices" if isinstance(kind, tuple) else "type": kind}
+            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            how = on if kind is bool else how | {"metavar": name.split("_")[-1].upper()}
             add(f"--{name.replace('_', '-')}", help=f"{text} ({origin}: {value})", **how)
         origins[origin] = {name: value for name, (_, value, _) in settings.items()}
     args, values = parser.parse_args(argv), {}
@@ -251,8 +252,8 @@ def load_rows(args: argparse.Namespace) -> list[Row]:
     fields = {"instruction": str, "output": str}
     rows = read_jsonl(check_input(args.data, mend), fields)[: args.limit]
     log, applied = (args.data.with_name(name) for name in ("decisions.jsonl", "apply.json"))
-    if applied.exists() and log.exists():
-        if sha256_of(log) != json.loads(applied.read_bytes()).get("decisions_sha256"):
+    with suppress(OSError, ValueError, LookupError, TypeError):  # absent, or edited by hand
+        if sha256_of(log) != json.loads(applied.read_bytes())["decisions_sha256"]:
             say(f"warning: {log} has newer verdicts than {args.data}; {mend}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("input") or "", str) or not row["output"].strip():
@@ -288,11 +289,14 @@ def pack(examples: list[Example], tokens: int, multiple: int = 1) -> list[list[E
     None is split; one that is longer has a row of its own. The number of rows is the least
     `multiple` that will do; where there are fewer examples, some are empty.
     """
-    for count in itertools.count(multiple, multiple):
-        rows: list[list[Example]] = [[] for _ in range(count)]
+    least = min(len(examples), math.ceil(sum(map(len, examples)) / tokens))
+    for count in itertools.count(math.ceil(least / multiple) * multiple, multiple):
+        rows, sizes = [[] for _ in range(count)], [0] * count
         for example in sorted(examples, key=len, reverse=True):
-            min(rows, key=lambda row: sum(map(len, row))).append(example)
-        if all(sum(map(len, row)) <= tokens or len(row) == 1 for row in rows):
+            index = sizes.index(min(sizes))
+            rows[index].append(example)
+            sizes[index] += len(example)
+        if all(size <= tokens or len(row) == 1 for row, size in zip(rows, sizes, strict=True)):
             return rows
 
 
@@ -424,6 +428,8 @@ def base_folder(name: str) -> Path:
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"--base-model {name} is no model folder: it has no config.json")
         return check_input(Path(name), "")
+    if name.count("/") != 1 or name[0] in "./~":
+        raise UserError(f"--base-model {name}: no such folder (a hub id would be OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
     kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -597,6 +603,7 @@ def prepare(args: argparse.Namespace, stop: Stop) -> tuple[Run, Row]:
     sizes, rate = model_sizes(model), matrix_rate(device)
     if args.shard:
         shard(model, device)
+    say(f"on {WORLD} x {device}, {compute_dtype(device.type)}: {rate / 1e12:.3g} TFLOP/s")
     order = random.Random(f"{args.seed} held out").sample(known, len(known))
     capacity = args.micro_batch_tokens or (CPU_ROW if device.type == "cpu" else args.cutoff)
     if len(known) > 1 and not isolates(model, known):
@@ -609,9 +616,11 @@ def prepare(args: argparse.Namespace, stop: Stop) -> tuple[Run, Row]:
     settings |= {"base": base_fingerprint(folder)}
     counts = report(args, known, sizes, len(rows), tokenizer.eos_token_id)
     # rows whose activations are computed twice; a CPU's memory runs out without a word
-    above = 0 if args.shard else 2 * CPU_ROW if device.type == "cpu" else math.inf
+    above = 0 if args.shard else 3 * CPU_ROW if device.type == "cpu" else math.inf
     above = {True: 0, False: math.inf}.get(args.gradient_checkpointing, above)
     steps = math.ceil((len(known) - n) / args.batch_size) * args.epochs
+    if args.warmup_steps >= steps:
+        say(f"warning: {steps} steps, and the learning rate rises over {args.warmup_steps}")
     texts = (tokenizer, order[n:], order[:n], settings, base | settings["base"])
     return Run(args, stop, model, *texts, sizes, capacity, above, steps, rate, 0), counts
 
