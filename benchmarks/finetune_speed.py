@@ -161,7 +161,7 @@ def trainer(folder: Path, micro_batch: int, kind: str) -> dict:
         rows = [{"input_ids": e.input_ids, "completion_mask": [0] * e.start + [1] * e.supervised}
                 for e in examples]  # fmt: skip
         settings = SFTConfig(
-            **common, max_length=4096, gradient_checkpointing=False, completion_only_loss=True,
+            **common, max_length=None, gradient_checkpointing=False, completion_only_loss=True,
             padding_free=micro_batch > 1,
         )  # fmt: skip
         made = SFTTrainer(
