@@ -338,7 +338,25 @@ def main(argv: list[str] | None = None) -> None:
 def write_results(
     args: argparse.Namespace, results: dict[str, list[Row]], flagged: set[str] | None
 ) -> str:
-    """Write results.json and results.md; return the tables."""
+    """Write results.json and results.md; return the tables.
+
+    results.json, one object (a model is known by its `--model` text, the base first):
+      "models": {model: {"folder": below --out, "adapter", "dtype", "load_in_4bit", "sha256": of
+        weights, adapter and tokenizer, "max_length", "path": "prefix" or "stock"}}
+      "tasks": {task: {"metric": headline metric, "questions", "flagged": int or null,
+        "partial": bool, "truncated": {model: questions whose context was cut from the left}}}
+        where task is "arc", "hellaswag", "mmlu", "mmlu/<subject>" (57), "truthfulqa", or a
+        --task's name
+      "all questions", "unflagged questions" and "flagged questions" (the latter two only with
+        --contamination): {model: {task: {"questions", "tasks", metric: score in percent}}}; mmlu's
+        "acc" is the plain mean of subjects, "acc_weighted" that of questions
+      "comparisons": [{"model", "base", "task", "metric", "questions", "base_score", "score",
+        "points": score - base_score, "percent": 100 * points / base_score or null, "interval":
+        [low, high] of points, 95 %, paired bootstrap, "gained", "lost": questions now right, now
+        wrong, "p": exact McNemar or null where the metric is not right or wrong, "verdict":
+        "better", "worse" or "not distinguishable", "points_unflagged", "points_flagged": null
+        without --contamination, "flips": [{"test_id", "base": 0 or 1, "model": 0 or 1}]}]
+    """
     scores = {"all questions": {m: summarise(r, set()) for m, r in results.items()}}
     if flagged is not None:
         scores["unflagged questions"] = {m: summarise(r, flagged) for m, r in results.items()}
