@@ -2,38 +2,54 @@
 
 Step 5 of 5 (paper, section 4). Reads models (folders or hub ids) and benchmarks (--local
 DIR/<benchmark>/ or the hub); writes out/eval/: <model>/<task>.json with every question's
-log-likelihoods, results.json, results.md, run.json.
+log-likelihoods, results.json, results.md, change.svg, run.json.
 
     python evaluate.py --model demo/base_model --tasks arc --local demo/data --limit 5 --out out/e
     python evaluate.py --model meta-llama/Llama-2-7b-hf --adapter out/adapter --tasks mmlu
     python evaluate.py
+    torchrun --nproc-per-node 4 evaluate.py --contamination out/contamination --paper
+    python evaluate.py --compare out/eval_base out/eval_tuned --out out/compare
 
 Prompts, few-shot examples and metrics are lm-evaluation-harness's: ARC-Challenge 25-shot,
-HellaSwag 10-shot, MMLU 5-shot (plain mean of subjects), TruthfulQA 0-shot. Without --model it
-scores the base of out/merged and then out/merged. Time: hours for a 13B on one A100 in full.
-It scores choices by likelihood; it does not generate text.
+HellaSwag 10-shot, MMLU 5-shot (plain mean of subjects), TruthfulQA 0-shot. The forward pass is
+ours: every prefix that prompts share is computed once, a quarter of the harness's tokens. Without
+--model it scores the base of out/merged and then out/merged. A run that was stopped goes on where
+it stopped when the same command is given again. Time on a GPU: not measured; on 2 CPU cores see
+README.md. Memory: the model, and one pack of new tokens beside one path of the trie.
+It scores choices by likelihood; tasks that generate text run at the harness's own speed.
 """
 
 import argparse
-import functools
+import csv
+import hashlib
+import inspect
+import itertools
 import json
 import math
+import os
+import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from build_dataset import (
     Row,
     UserError,
     check_output,
     finish_run,
+    first_line,
     hub_fault,
     make_parser,
     output_folder,
+    positive,
     refuse,
     run_main,
+    sha256_of,
     write_file,
 )
 from check_contamination import (
@@ -48,8 +64,11 @@ from check_contamination import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
+    from transformers import DynamicCache, PreTrainedModel
 
 SHOTS = {"arc": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa": 0}  # paper, section 4.1
 HEADLINE = {"arc": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa": "mc2"}
@@ -61,30 +80,69 @@ HARNESS_FILES = {  # the harness's own definition of each task, below lm_eval/ta
         "truthfulqa_mc2": "truthfulqa/truthfulqa_mc2.yaml",
     },
 }
+PAPER = Path(__file__).with_name("paper_change.csv")  # the paper's Tables 5 and 7, in percent
 TINY = 0.005  # percent: of a base that prints as 0.00 there is no change in percent
 MMLU_SUBJECTS = 57  # the full benchmark; fewer are a partial result
+CHUNK_TOKENS = 65_536  # trie nodes between two points to go on from, and the unit of a process
+CHUNK_SHARE = 200  # a chunk is at least this many times the prefix that the next one repeats
+CPU_PACK = 256  # new tokens of a forward pass: without block skipping, attention to more is waste
+GPU_PACKS = (64, 4096)  # smallest and largest on a GPU; beyond, matrix products gain nothing
+ENCODED_AT_ONCE = 1024  # requests tokenised in one call
+RESAMPLES = 10_000  # of the paired bootstrap: the interval's ends repeat to about 1 % of its width
+ALPHA = 0.05  # of a test that calls a model better or worse
+SAME = "not distinguishable"
+NO_METRIC = {"test_id", "target", "log_likelihoods", "responses"}  # keys of a question's line
+
+
+class Request(NamedTuple):
+    """One thing to score, as token ids (int32): what the model reads, and the answer at its end."""
+
+    ids: "np.ndarray"  # context and answer without its last token, cut from the left if too long
+    answer: "np.ndarray"
+
+
+class Trie(NamedTuple):
+    """The token trie of sorted requests: n nodes in depth-first order, p places to score."""
+
+    tokens: "np.ndarray"  # [n] token id
+    depths: "np.ndarray"  # [n] position in its sequence
+    ends: "np.ndarray"  # [n] the first later node that is not below this one
+    places: "np.ndarray"  # [p] node whose next token is scored, ascending
+    targets: "np.ndarray"  # [p] that token
+    owners: "np.ndarray"  # [p] number of the request
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this step; every impossible setting is named at once."""
     parser = make_parser(__doc__, "out/eval")
     parser.set_defaults(seed=1234)  # the harness's, for its few-shot examples
-    add = parser.add_argument_group("models").add_argument
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
     repeat = {"action": "append", "default": []}
+    going_on = "go on with a stopped run (the same command without it does so too)"
+    parser.add_argument("--resume", action="store_true", help=going_on)
+    add = parser.add_argument_group("models").add_argument
     models = "folder or hub id; repeatable, the base first (default: out/merged's base and it)"
     add("--model", **repeat, help=models)
     add("--adapter", metavar="DIR", help="score each --model with this adapter, unmerged")
+    add("--load-in-4bit", **switch, help="weights in 4-bit NF4, as QLoRA has them (default: no)")
+    types = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=types, default="auto", help="of the weights (default: as stored)")
     add = parser.add_argument_group("tasks").add_argument
     add("--tasks", default=",".join(HUB), metavar="a,b", help="default: %(default)s; '' for none")
-    add("--task", **repeat, metavar="YAML", help="a harness task file (repeatable)")
+    add("--task", **repeat, metavar="X", help="a task of the harness: name or YAML (repeatable)")
     add("--local", type=Path, metavar="DIR", help="read DIR/<benchmark>/ (default: the hub)")
+    add("--stock", **switch, help="the harness's own forward pass, for a check (default: no)")
+    add("--batch-size", type=positive, default=8, metavar="N", help="of --stock (default: 8)")
+    add = parser.add_argument_group("comparison").add_argument
+    earlier = "finished folders of this script (or a model's in one); their models come first"
+    add("--compare", nargs="+", type=Path, default=[], metavar="DIR", help=earlier)
     flagged = "also score without the test questions that this folder of step 2 flags"
     add("--contamination", type=Path, metavar="DIR", help=flagged)
-    add("--batch-size", type=int, default=8, metavar="N", help="of a forward pass (default: 8)")
+    add("--paper", **switch, help="add the columns of the paper's Tables 5 and 7 (default: no)")
     args = parser.parse_args(argv)
     args.benchmarks = [name for name in args.tasks.split(",") if name]
     unknown = [name for name in args.benchmarks if name not in HUB]
-    missing = [path for path in args.task if not Path(path).is_file()]
+    missing = [t for t in args.task if not Path(t).is_file() and ("/" in t or ".y" in t)]
     refuse(
         {
             f"--tasks: {', '.join(unknown)} is none of {', '.join(HUB)}": unknown,
@@ -93,10 +151,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "no task: name one with --tasks or --task": not args.benchmarks and not args.task,
         }
     )
-    args.model = args.model or merged_and_base()
-    for model in [*args.model, *filter(None, [args.adapter])]:
-        if Path(model).is_dir():
-            check_input(Path(model), "")
+    args.model = args.model or ([] if args.compare else merged_and_base())
     return args
 
 
@@ -105,6 +160,26 @@ def merged_and_base() -> list[str]:
     merged = check_input(Path("out/merged"), "merge one with python merge.py, or give --model")
     run = check_input(merged / "run.json", "out/merged is not merge.py's; give --model")
     return [json.loads(run.read_text(encoding="utf-8"))["base_model"], str(merged)]
+
+
+def nothing_to_resume(args: argparse.Namespace) -> bool:
+    """Whether --resume finds the folder finished; raises where there is no folder at all."""
+    if args.resume and not args.out.exists():
+        raise UserError(f"--resume: there is no {args.out}; leave the flag out to begin")
+    return args.resume and (args.out / "run.json").exists() and not args.overwrite
+
+
+def take_rank() -> dict[str, int]:
+    """torchrun's RANK, WORLD_SIZE and LOCAL_RANK (0, 1, 0 without it), out of the environment.
+
+    Processes meet through the files of finished chunks. The harness must not know of them: it
+    would share the questions out before it draws their few-shot examples, which changes scores.
+    """
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    return {key.lower(): int(os.environ.pop(key, default)) for key, default in defaults.items()}
+
+
+# --- tasks ----------------------------------------------------------------------------------------
 
 
 def import_harness() -> None:
@@ -132,7 +207,7 @@ def harness_task(path: Path, shots: int, subject: Subject | None) -> "Configurab
         splits = {scored: Dataset.from_list(subject.scored)}
         if subject.shots:
             splits[shown] = Dataset.from_list(subject.shots)
-        # the harness asks for a splits's name only after it has looked for it in the data set
+        # the harness asks for a split's name only after it has looked for it in the data set
         config["custom_dataset"] = lambda **_: splits
         for key in ("training_split", "validation_split", "test_split"):
             if config.get(key) not in splits:
@@ -144,6 +219,52 @@ def harness_task(path: Path, shots: int, subject: Subject | None) -> "Configurab
             if (path.parent / file).is_file():  # relative to the YAML, wherever one starts from
                 files[split] = str((path.parent / file).resolve())
     return ConfigurableTask(config=config)
+
+
+def row_fault(benchmark: str, row: Row) -> str:
+    """What the harness would stumble over in a benchmark's row, in the hub's columns; "" if none.
+
+    >>> row_fault("mmlu", {"question": "2+2?", "choices": ["3", "4"], "answer": 2})
+    'the right answer is none of the choices'
+    """
+    texts, places = [row["ctx_a" if benchmark == "hellaswag" else "question"]], [0]
+    if benchmark == "arc":
+        choices = row["choices"]["text"]
+        places = [row["choices"]["label"].index(row["answerKey"])]
+    elif benchmark == "truthfulqa":
+        choices = [*row["mc1_targets"]["choices"], *row["mc2_targets"]["choices"]]
+        if 0 not in row["mc2_targets"]["labels"] or 1 not in row["mc2_targets"]["labels"]:
+            return "mc2_targets needs a true and a false answer"
+        if row["mc1_targets"]["labels"][:1] != [1] or sum(row["mc1_targets"]["labels"]) != 1:
+            return "mc1_targets needs the right answer first, and no second one"
+    elif benchmark == "hellaswag":
+        choices, places = row["endings"], [int(row["label"])]
+        texts += [row["activity_label"], row["ctx_b"]]
+    else:
+        choices, places = row["choices"], [int(row["answer"])]
+    if not all(isinstance(text, str) for text in [*texts, *choices]) or not texts[0].strip():
+        return "a text is missing or empty"
+    return "" if 0 <= places[0] < len(choices) else "the right answer is none of the choices"
+
+
+def check_subject(subject: Subject) -> None:
+    """Refuse a benchmark without rows, with too few examples, or with a row that cannot be used."""
+    name = f"{subject.benchmark}/{subject.subject}"
+    if not subject.scored:
+        raise UserError(f"{name} has no questions to score")
+    if len(subject.shots) < SHOTS[subject.benchmark]:
+        have = f"{len(subject.shots)} few-shot rows, {SHOTS[subject.benchmark]} needed"
+        raise UserError(f"{name}: {have}")
+    for kind, rows in {"few-shot": subject.shots, "scored": subject.scored}.items():
+        for number, row in enumerate(rows):
+            try:
+                fault = row_fault(subject.benchmark, row)
+            except KeyError as error:
+                fault = f"there is no {error}"
+            except (TypeError, ValueError, AttributeError) as error:
+                fault = first_line(error)
+            if fault:
+                raise UserError(f"{name}: {kind} row {number} (from 0): {fault}")
 
 
 def benchmark_tasks(args: argparse.Namespace) -> dict[str, tuple[str, "ConfigurableTask"]]:
@@ -160,77 +281,595 @@ def benchmark_tasks(args: argparse.Namespace) -> dict[str, tuple[str, "Configura
                 files = {key: f"mmlu/default/{key}.yaml"}
                 if not (root / files[key]).is_file():
                     raise UserError(f"MMLU has no subject {subject.subject}: rename its files")
-            if len(subject.shots) < SHOTS[name]:
-                have = f"{len(subject.shots)} few-shot rows, {SHOTS[name]} needed"
-                raise UserError(f"{name}/{subject.subject}: {have}")
+            check_subject(subject)
             for task, file in files.items():
                 built = harness_task(root / file, SHOTS[name], subject)
                 tasks[task] = (f"{name}/{subject.subject}", built)
-    for path in args.task:
+    for name in args.task:
         try:
-            built = harness_task(Path(path), 0, None)
+            built = [harness_task(Path(name), 0, None)] if Path(name).is_file() else named(name)
         except Exception as error:  # a task file can be wrong in as many ways as code
-            raise UserError(f"--task {path}: {type(error).__name__}: {error}") from None
-        tasks[built.config.task] = (f"{built.config.task}/all", built)
+            raise UserError(f"--task {name}: {type(error).__name__}: {first_line(error)}") from None
+        for task in built:
+            if task.config.task in tasks:
+                raise UserError(f"--task {name}: there are two tasks {task.config.task}")
+            tasks[task.config.task] = (f"{task.config.task}/all", task)
     return tasks
 
 
-def check_models(args: argparse.Namespace) -> None:
-    """Refuse a model without a readable config or tokenizer before anything is written."""
+def named(name: str) -> list["ConfigurableTask"]:
+    """The harness's tasks of a name, group or tag; its index takes about 10 s to build."""
+    from lm_eval.tasks import TaskManager
+
+    return list(TaskManager().load([name])["tasks"].values())
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def folder_name(model: str) -> str:
+    """A model's folder below --out.
+
+    >>> folder_name("../demo/base_model"), folder_name("meta-llama/Llama-2-7b-hf")
+    ('demo__base_model', 'meta-llama__Llama-2-7b-hf')
+    """
+    return "__".join(part for part in Path(model).parts if part not in ("..", ".", "/"))
+
+
+def check_models(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """{model: {file: sha256}, of a hub model {id: commit}}; refuse what cannot be loaded.
+
+    Every file is read in full, about a second a gigabyte: results are kept apart by what was
+    scored, and a merged folder must still be what its run.json lists.
+    """
+    places = [str(Path(m).resolve()) if Path(m).exists() else m for m in args.model]
+    names = [folder_name(model) for model in args.model]
+    twice = sorted(
+        {m for m, place in zip(args.model, places, strict=True) if places.count(place) > 1}
+    )
+    alike = sorted(
+        {m for m, n in zip(args.model, names, strict=True) if names.count(n) > 1 or not n}
+    )
+    mend = "give another path to one"
+    refuse(
+        {
+            f"--model: {' and '.join(twice)} are one model": twice,
+            f"--model: {', '.join(alike)} would share a results folder; {mend}": alike
+            and not twice,
+        }
+    )
+    adapter = check_folder("--adapter", args.adapter) if args.adapter else {}
+    return {model: check_folder("--model", model) | adapter for model in args.model}
+
+
+def check_folder(flag: str, name: str) -> dict[str, str]:
+    """{file: sha256} of a model's or adapter's folder, after a look at each; or {id: commit}."""
+    from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer
 
-    for model in args.model:
+    folder, adapter = Path(name), flag == "--adapter"
+    wanted = "adapter_config.json" if adapter else "config.json"
+    if not folder.exists() and not adapter:
         try:
-            AutoConfig.from_pretrained(model)
-            AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {hub_fault(model, error)}") from None
+            AutoTokenizer.from_pretrained(name)
+            return {name: str(AutoConfig.from_pretrained(name)._commit_hash)}
+        except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
+            raise UserError(f"{flag} {hub_fault(name, error)}") from None
+    check_input(folder, "name the folder that finetune.py wrote")
+    if not (folder / wanted).is_file() or not list(folder.glob("*.safetensors")):
+        raise UserError(f"{flag} {name} is no {flag[2:]}: it has no {wanted} with .safetensors")
+    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
+    files = {path: sha256_of(path) for path in sorted(folder.iterdir()) if path.suffix in kinds}
+    run = folder / "run.json"
+    listed = json.loads(run.read_bytes()).get("outputs", {}) if files.pop(run, None) else {}
+    for path, sha256 in files.items():
+        if listed.get(path.name, {"sha256": sha256})["sha256"] != sha256:
+            raise UserError(f"{path} changed after {run} was written: make that folder again")
+    path = folder / wanted
+    try:
+        for path in folder.glob("*.safetensors"):
+            safe_open(path, "pt").__exit__(None, None, None)  # it reads the header and the length
+        path = folder / wanted
+        if not adapter:
+            AutoConfig.from_pretrained(name)
+            path = folder / "its tokenizer"
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            # where files are missing, some classes make an empty tokenizer of their own
+            known = {*type(tokenizer).vocab_files_names.values(), "tokenizer.json"}
+            if not any((folder / file).is_file() for file in known):
+                raise UserError(f"{flag} {name} has no tokenizer files: copy its base's there")
+    except UserError:
+        raise
+    except Exception as error:  # as many kinds as there are readers
+        raise UserError(f"{path} is not readable: {first_line(error)}") from None
+    return {str(path): sha256 for path, sha256 in files.items()}
 
 
-def load_model(model: str, args: argparse.Namespace) -> "HFLM":
-    """The harness's model; its log-softmax in float32 whatever the model's type."""
+def pick_device(args: argparse.Namespace) -> str:
+    """--device, or the best there is; the process's own GPU under torchrun."""
     import torch
-    from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(
-        pretrained=model,
-        peft=args.adapter,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        batch_size=args.batch_size,
-        dtype="auto",
-        softmax_dtype="float32",  # in bfloat16 it moves scores
-        logits_cache=False,  # wrong where the same tokens are split differently
-    )
-    quiet = not sys.stderr.isatty()  # the harness's bars would fill a log file
-    lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=quiet)
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{args.local_rank}" if name == "cuda" else name
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from None
+    return name
+
+
+def load_model(model: str, files: dict[str, str], args: argparse.Namespace) -> "HFLM":
+    """The harness's model with our forward pass, or without where --stock asks for that."""
+    settings = {
+        "adapter": args.adapter,
+        "dtype": args.dtype,
+        "load_in_4bit": args.load_in_4bit,
+        "stock": args.stock and args.batch_size,
+        "device": pick_device(args).partition(":")[0],
+        "packages": [metadata.version(name) for name in ("torch", "transformers", "lm_eval")],
+    }
+    about = json.dumps([settings, sorted(files.items())])
+    shown = f"--model {model}" + f" with --adapter {args.adapter}" * bool(args.adapter)
+    try:
+        lm = prefix_lm()(
+            pretrained=model,
+            peft=args.adapter,
+            device=pick_device(args),
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            load_in_4bit=args.load_in_4bit,
+            stock=args.stock,
+            chunks=chunk_folder(args.out),
+            sha256=hashlib.sha256(about.encode()).hexdigest(),
+            shard=(args.rank, args.world_size),
+        )
+    except Exception as error:  # configurations and weights go wrong in as many ways as code
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{shown} cannot be loaded: {fault}") from None
+    if lm.why_stock and not args.rank:
+        print(f"{model}: the harness's own forward pass: {lm.why_stock}", file=sys.stderr)
     return lm
 
 
-def score_task(
-    lm: "HFLM", name: str, prefix: str, task: "ConfigurableTask", args: argparse.Namespace
+# --- shared prefixes ------------------------------------------------------------------------------
+
+
+def why_stock(lm: "HFLM") -> str:
+    """Why a model cannot be served by shared prefixes; "" where it can.
+
+    Needed: full causal attention over a cache that grows, positions and a mask as arguments, and
+    logits at chosen places.
+    """
+    model = lm.model.get_base_model() if lm.peft else lm.model
+    config = lm.model.config.get_text_config()
+    rope = json.dumps(getattr(config, "rope_parameters", None) or {})
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    takes = inspect.signature(model.forward).parameters
+    lacks = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} - set(takes)
+    reasons = {
+        "it is an encoder-decoder": lm.backend != "causal",
+        f"its layers are of the kind {', '.join(sorted(kinds))}": kinds,
+        "its attention sees a sliding window": window and not getattr(config, "layer_types", None),
+        "it keeps a recurrent state": getattr(model, "_is_stateful", False),
+        f"it does not take {', '.join(sorted(lacks))}": lacks,
+        "its positions depend on the sequence's length": "dynamic" in rope or "longrope" in rope,
+        "its attention takes no mask": config._attn_implementation not in ("sdpa", "eager"),
+        "its adapter adds virtual tokens": lm.peft
+        and lm.model.active_peft_config.is_prompt_learning,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def encode_pairs(lm: "HFLM", pairs: list[tuple[str, str]]) -> Iterator[tuple[Any, Any, Any]]:
+    """(pair, context ids, answer ids) as the harness splits them; each context is encoded once."""
+    import numpy as np
+
+    bos = lm.tokenizer.decode(lm.prefix_token_id)
+    for start in range(0, len(pairs), ENCODED_AT_ONCE):
+        block = pairs[start : start + ENCODED_AT_ONCE]
+        moved = []  # spaces at the end of a context are scored with the answer
+        for context, answer in block:
+            bare = context.rstrip()
+            moved.append((bare, context[len(bare) :] + answer))
+        texts = dict.fromkeys(t for context, answer in moved for t in (context, context + answer))
+        ids: dict[str, np.ndarray] = {}
+        for own, options in ((False, {}), (True, {"add_special_tokens": False})):
+            group = [text for text in texts if text.startswith(bos) == own]
+            encoded = lm.tokenizer(group, verbose=False, **options)["input_ids"] if group else []
+            ids |= {t: np.array(i, np.int32) for t, i in zip(group, encoded, strict=True)}
+        for pair, (context, answer) in zip(block, moved, strict=True):
+            if pair[0]:
+                yield pair, ids[context], ids[context + answer][len(ids[context]) :]
+                continue
+            alone = np.array(lm.tok_encode(answer, add_special_tokens=False), np.int32)
+            first = np.array([lm.prefix_token_id], np.int32)
+            given = len(alone) and alone[0] == first[0]  # the answer brings its own first token
+            yield (pair, alone[:1], alone[1:]) if given else (pair, first, alone)
+
+
+def common_prefix(a: "np.ndarray", b: "np.ndarray") -> int:
+    """Number of leading tokens that two id arrays share."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    return int(differs.argmax()) if differs.any() else size
+
+
+def plan_chunks(requests: list[Request]) -> list[tuple[int, int, int]]:
+    """(start, stop, trie nodes) of each chunk of sorted requests.
+
+    Chunks are scored on their own, so each repeats the prefix that it shares with the one before:
+    at most 1 / CHUNK_SHARE of its own nodes, since a cut waits for that.
+    """
+    chunks, start, nodes, before = [], 0, 0, None
+    for number, request in enumerate(requests):
+        shared = common_prefix(before.ids, request.ids) if before else 0
+        if nodes >= max(CHUNK_TOKENS, CHUNK_SHARE * shared, 1):
+            chunks.append((start, number, nodes))
+            start, nodes, shared = number, 0, 0
+        nodes += len(request.ids) - shared
+        before = request
+    return [*chunks, (start, len(requests), nodes)] if requests else []
+
+
+def build_trie(requests: list[Request]) -> Trie:
+    """The trie of requests sorted by ids; of two with one beginning, the later adds the rest."""
+    import numpy as np
+
+    path = np.zeros(max(len(request.ids) for request in requests), np.int64)  # depth -> node
+    count = sum(len(request.ids) for request in requests)
+    tokens, depths, ends = (np.zeros(count, np.int64) for _ in range(3))
+    nodes, before = 0, requests[0].ids[:0]
+    places = []
+    for request in requests:
+        shared, size = common_prefix(before, request.ids), len(request.ids)
+        ends[path[shared : len(before)]] = nodes  # below these, nothing more comes
+        new = slice(nodes, nodes + size - shared)
+        tokens[new], depths[new] = request.ids[shared:], np.arange(shared, size)
+        path[shared:size] = np.arange(new.start, new.stop)
+        places.append(path[size - len(request.answer) : size].copy())
+        nodes, before = new.stop, request.ids
+    ends[path[: len(before)]] = nodes
+    owners = np.repeat(np.arange(len(requests)), [len(request.answer) for request in requests])
+    flat = np.concatenate(places)
+    order = np.argsort(flat, kind="stable")
+    targets = np.concatenate([request.answer for request in requests]).astype(np.int64)
+    return Trie(
+        tokens[:nodes], depths[:nodes], ends[:nodes], flat[order], targets[order], owners[order]
+    )
+
+
+def pack_size(model: "PreTrainedModel") -> int:
+    """New tokens of a forward pass: what a third of the GPU's free memory holds."""
+    import torch
+
+    if model.device.type != "cuda":
+        return CPU_PACK
+    config = model.config.get_text_config()
+    wide = 8 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    # bytes of one token: activations in 16 bit, logits in 16 and twice in 32 bit, a row of the mask
+    token = 2 * wide + 10 * config.vocab_size + 4 * (config.max_position_embeddings + GPU_PACKS[1])
+    fits = torch.cuda.mem_get_info(model.device)[0] / 3 / token
+    return 2 ** int(math.log2(min(max(fits, GPU_PACKS[0]), GPU_PACKS[1])))
+
+
+class PrefixScorer:
+    """Log-likelihoods of requests by one pass over their trie, a pack of new tokens at a time.
+
+    A pack is one sequence of batch 1: its tokens in depth-first order, each at the position that
+    it has in its own sequence, and seeing only its ancestors. Of the cache only the path stays
+    that the next pack shares, so memory does not grow with the requests.
+    """
+
+    def __init__(self, model: "PreTrainedModel", pack: int) -> None:
+        self.model, self.pack, self.forwarded = model, pack, 0
+
+    def __call__(
+        self, requests: list[Request], advance: Callable[[int], None] = lambda tokens: None
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy decoding gives the answer) of requests sorted by ids."""
+        import numpy as np
+        import torch
+        from transformers import DynamicCache
+
+        trie, cache, start = build_trie(requests), DynamicCache(), 0
+        held, scores, hits = np.zeros(0, np.int64), [], []  # held: nodes in the cache
+        while start < len(trie.tokens):
+            stop, full = min(start + self.pack, len(trie.tokens)), False
+            try:
+                score, hit = self.forward(trie, start, stop, cache, held)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's has no type
+                full = "memory" in str(error) and self.pack > 8
+                if not full:
+                    raise
+            if full:
+                keep_cache(cache, slice(0, len(held)))  # layers before the failure have grown
+                self.pack //= 2
+                torch.cuda.empty_cache()
+                print(f"out of memory: packs of {self.pack} tokens from here", file=sys.stderr)
+                continue
+            scores.append(score)
+            hits.append(hit)
+            held = np.concatenate([held, np.arange(start, stop)])
+            kept = np.flatnonzero(trie.ends[held] > stop)
+            keep_cache(cache, torch.from_numpy(kept).to(self.model.device))
+            self.forwarded += stop - start
+            advance(stop - start)
+            held, start = held[kept], stop
+        totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
+        np.add.at(totals, trie.owners, torch.cat(scores).double().cpu().numpy())
+        np.logical_and.at(greedy, trie.owners, torch.cat(hits).cpu().numpy())
+        return list(zip(totals.tolist(), greedy.tolist(), strict=True))
+
+    def forward(
+        self, trie: Trie, start: int, stop: int, cache: "DynamicCache", held: "np.ndarray"
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """(log-probability, whether it is the likeliest) of the targets at nodes start to stop."""
+        import numpy as np
+        import torch
+
+        device = self.model.device
+        nodes = np.concatenate([held, np.arange(start, stop)])
+        keys, ends = (torch.from_numpy(a).to(device) for a in (nodes, trie.ends[nodes]))
+        queries = torch.arange(start, stop, device=device)[:, None]
+        dtype = self.model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(stop - start, len(nodes), dtype=dtype, device=device)
+        # a node sees those before it whose subtree it is in: its ancestors, and itself
+        mask.masked_fill_((keys > queries) | (ends <= queries), torch.finfo(dtype).min)
+        first, last = np.searchsorted(trie.places, [start, stop])
+        rows, row = np.unique(trie.places[first:last] - start, return_inverse=True)
+        new = slice(start, stop)
+        with torch.inference_mode():
+            logits = self.model(
+                input_ids=torch.from_numpy(trie.tokens[new]).to(device)[None],
+                position_ids=torch.from_numpy(trie.depths[new]).to(device)[None],
+                attention_mask=mask[None, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.from_numpy(rows if len(rows) else np.zeros(1, int)).to(device),
+            ).logits[0]
+            # in blocks: float32 logits of a whole pack would be larger than all else
+            total = torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])
+            index, target = (
+                torch.from_numpy(a).to(device) for a in (row, trie.targets[first:last])
+            )
+            return logits[index, target].float() - total[index], logits.argmax(-1)[index] == target
+
+
+def keep_cache(cache: "DynamicCache", kept: "slice | torch.Tensor") -> None:
+    """Keep these positions of a cache's keys and values [1, heads, positions, size]."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+
+
+def chunk_folder(out: Path) -> Path:
+    """Where the finished chunks of an unfinished run are: beside --out, until run.json is there."""
+    return out.resolve().with_name(f".{out.resolve().name}.chunks")
+
+
+def score_in_chunks(
+    lm: "HFLM", raw: list[tuple[Any, Any, Any]], score: Callable[..., list[tuple[float, bool]]]
+) -> list[tuple[float, bool]]:
+    """Answers of raw requests, from score(numbers, sorted requests, advance) of every chunk.
+
+    A chunk's file is named by all that decides its numbers: weights, settings, token ids. So any
+    later run can go on from it, and none of another model will. Process `rank` of `world` scores
+    every world-th chunk; the first one waits for the others' files, and they get zeros.
+    """
+    import numpy as np
+
+    requests = []
+    for number, (_, context, answer) in enumerate(raw):
+        if not 0 < len(answer) <= lm.max_length:
+            raise UserError(f"{lm.place(number)}: an answer of {len(answer)} tokens")
+        if len(context) + len(answer) > lm.max_length + 1:
+            lm.truncated.add(lm.place(number))
+        ids = np.concatenate([context, answer]).astype(np.int32)[-lm.max_length - 1 : -1]
+        requests.append(Request(ids, np.asarray(answer, np.int32)))
+    # big-endian bytes sort as the ids do, and much faster
+    keys = [tuple(ids.astype(">i4").tobytes() for ids in request) for request in requests]
+    order = sorted(range(len(raw)), key=keys.__getitem__)
+    chunks = {}
+    for start, stop, nodes in plan_chunks([requests[number] for number in order]):
+        about = hashlib.sha256(lm.sha256.encode())
+        for number in order[start:stop]:
+            about.update(b"%d %d " % tuple(map(len, keys[number])) + b"".join(keys[number]))
+        chunks[lm.chunks / f"{about.hexdigest()}.json"] = (order[start:stop], nodes)
+    rank, world = lm.shard
+    todo = [path for path in [*chunks][rank::world] if not path.exists()]
+    with progress(lm, raw, sum(chunks[path][1] for path in todo)) as advance:
+        for path in todo:
+            numbers, _ = chunks[path]
+            found = score(numbers, [requests[number] for number in numbers], advance)
+            for number, (value, _) in zip(numbers, found, strict=True):
+                if not math.isfinite(value):
+                    what = f"a log-likelihood is {value}; its weights or --dtype are at fault"
+                    raise UserError(f"{lm.pretrained}: {lm.place(number)}: {what}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, json.dumps(found) + "\n")
+    answers = [(0.0, False)] * len(raw)
+    for path, (numbers, _) in chunks.items() if not rank else ():
+        while not path.exists():  # another process is at it; torchrun ends us if it dies
+            time.sleep(0.1)
+        for number, answer in zip(numbers, json.loads(path.read_bytes()), strict=True):
+            answers[number] = tuple(answer)
+    return answers
+
+
+@contextmanager
+def progress(lm: "HFLM", raw: list[Any], nodes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, else a line every 10 s; yields advance(tokens forwarded)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    began, printed, done = time.monotonic(), time.monotonic(), 0
+    questions = len({lm.place(number) for number in range(len(raw))}) / lm.shard[1]
+    with Progress(console=console, disable=not console.is_terminal or bool(lm.shard[0])) as bar:
+        task = bar.add_task(lm.label, total=nodes)
+
+        def advance(tokens: int) -> None:
+            nonlocal done, printed
+            done, now = done + tokens, time.monotonic()
+            rate = done / max(now - began, 1e-9)
+            speed = f"{rate:,.0f} tokens/s, {questions * rate / nodes:,.1f} questions/s"
+            bar.update(task, completed=done, description=f"{lm.label}: {speed}")
+            if not console.is_terminal and not lm.shard[0] and now - printed > 10:
+                printed = now
+                left = f"ETA {(nodes - done) / rate:,.0f} s"
+                print(f"{lm.label}: {done / nodes:.0%}, {speed}, {left}", file=sys.stderr)
+
+        yield advance
+
+
+def prefix_lm() -> type:
+    """The class PrefixLM(HFLM), made here because its base takes seconds to import."""
+    from lm_eval.models.huggingface import HFLM
+
+    class PrefixLM(HFLM):
+        """lm-evaluation-harness's Hugging Face model; likelihoods of choices by shared prefixes."""
+
+        def __init__(self, *, chunks: Path, sha256: str = "", shard: tuple[int, int] = (0, 1),
+                     stock: bool = False, load_in_4bit: bool = False, **settings: Any) -> None:  # fmt: skip
+            self.chunks, self.sha256, self.shard = chunks, sha256, shard
+            self.four_bit = load_in_4bit
+            self.label, self.asked, self.truncated = "", [], set()
+            # logits_cache is wrong where one text is split in two ways; bfloat16 softmax moves scores
+            super().__init__(logits_cache=False, softmax_dtype="float32", **settings)
+            self.why_stock = "--stock" if stock else why_stock(self)
+            self.scorer = PrefixScorer(self.model, pack_size(self.model))
+
+        def _create_model(self, *args: Any, **settings: Any) -> None:
+            if self.four_bit:
+                settings["quantization_config"] = four_bit(settings["dtype"])
+            super()._create_model(*args, use_safetensors=True, **settings)
+
+        def place(self, number: int) -> tuple[str, int]:
+            """(task, number of the question) that a request belongs to."""
+            if len(self.asked) <= number:
+                return f"request {number}", -1
+            return self.asked[number].task_name, self.asked[number].doc_id
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            self.asked, self.truncated = requests, set()
+            if self.why_stock:
+                return super().loglikelihood(requests, disable_tqdm=True)
+            raw = [*encode_pairs(self, [request.args for request in requests])]
+            return self._loglikelihood_tokens(raw)
+
+        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[Any]:
+            def score(numbers: list[int], chunk: list[Request], advance: Any) -> list[Any]:
+                if not self.why_stock:
+                    return self.scorer(chunk, advance)
+                raw = [requests[number] for number in numbers]
+                found = super(PrefixLM, self)._loglikelihood_tokens(raw, disable_tqdm=True)
+                advance(sum(len(request.ids) for request in chunk))
+                return found
+
+            return score_in_chunks(self, requests, score)
+
+    return PrefixLM
+
+
+def four_bit(dtype: str) -> Any:
+    """NF4 with double quantisation, the setting of the QLoRA paper; computing in bfloat16."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def score_model(
+    model: str, files: dict[str, str], tasks: dict[str, Any], args: argparse.Namespace
 ) -> Row:
-    """Run one task, on its own so that no other task's draws change its few-shot examples."""
+    """{"about", "results"} of a model on every task; each task's file is written when it is whole."""
+    lm = load_model(model, files, args)
+    folder = args.out / folder_name(model)
+    about = {
+        "folder": folder.name,
+        "adapter": args.adapter,
+        "dtype": str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "load_in_4bit": args.load_in_4bit,
+        "sha256": lm.sha256,
+        "max_length": lm.max_length,
+        "path": "stock" if lm.why_stock else "prefix",
+        "files": files,
+    }
+    results = []
+    for benchmark, group in itertools.groupby(tasks.items(), lambda item: item[1][0].split("/")[0]):
+        lm.label = f"{model} on {benchmark}"
+        found = score_benchmark(lm, dict(group), args)
+        for result in found if not args.rank else ():
+            folder.mkdir(exist_ok=True)
+            write_file(folder / f"{result['task']}.json", json.dumps(result, indent=1) + "\n")
+        results += found
+    return {"about": about, "results": results}
+
+
+def score_benchmark(
+    lm: "HFLM", tasks: dict[str, tuple[str, "ConfigurableTask"]], args: argparse.Namespace
+) -> list[Row]:
+    """Run a benchmark's tasks at once: each draws its few-shot examples by a seed of its own."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    lm.truncated, began = set(), time.monotonic()
     result = simple_evaluate(
         model=lm,
-        tasks=[task],
+        tasks=[task for _, task in tasks.values()],
         task_manager=TaskManager(include_defaults=False),
         limit=args.limit,
         bootstrap_iters=0,
         fewshot_random_seed=args.seed,
     )
-    questions = []
-    for sample in sorted(result["samples"][name], key=lambda sample: sample["doc_id"]):
-        row = sample["doc"].get("test_row", sample["doc_id"])
-        line = {"test_id": f"{prefix}/{row}", "target": sample["target"]}
-        line["log_likelihoods"] = [float(r[0]) for r in sample["filtered_resps"]]
-        if not all(map(math.isfinite, line["log_likelihoods"])):
-            raise UserError(f"{name}, question {sample['doc_id']}: a log-likelihood is not finite")
-        line |= {m: float(sample[m]) for m in ("acc", "acc_norm") if m in sample}
-        questions.append(line)
-    return {"task": name, "prefix": prefix, "limit": args.limit, "questions": questions}
+    rows = []
+    for name, (prefix, _) in tasks.items():
+        samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+        questions = to_questions(prefix, samples)
+        metrics = [key for key in questions[0] if key not in NO_METRIC]
+        row = {"model": lm.pretrained, "sha256": lm.sha256, "task": name, "prefix": prefix}
+        row |= {"limit": args.limit, "seconds": round(time.monotonic() - began, 2)}
+        prompts = "".join(sample["prompt_hash"] for sample in samples)
+        row["prompts_sha256"] = hashlib.sha256(prompts.encode()).hexdigest()
+        row["truncated"] = sum(task == name for task, _ in lm.truncated)
+        whole = result["results"][name]
+        row["harness"] = {
+            k: v for k, v in whole.items() if isinstance(v, float) and "stderr" not in k
+        }
+        best = HEADLINE.get(prefix.split("/")[0])
+        row["metric"] = best if best in metrics else next(iter(metrics), None)
+        rows.append(row | {"questions": questions})
+    return rows
+
+
+def to_questions(prefix: str, samples: list[Row]) -> list[Row]:
+    """The harness's samples of a task, in order of doc_id, as lines of our result files."""
+    questions: dict[int, Row] = {}
+    for sample in samples:
+        number = sample["doc_id"]
+        row = sample["doc"].get("test_row", number)
+        line = questions.setdefault(number, {"test_id": f"{prefix}/{row}"})
+        line["target"] = sample["target"]
+        answers = sample["filtered_resps"]
+        if all(isinstance(answer, tuple) for answer in answers):
+            line["log_likelihoods"] = [float(answer[0]) for answer in answers]
+        else:
+            line["responses"] = answers
+        filtered = "" if sample["filter"] == "none" else f",{sample['filter']}"
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], int | float):
+                line[metric + filtered] = float(sample[metric])
+    return list(questions.values())
 
 
 def flagged_questions(folder: Path | None) -> set[str] | None:
@@ -244,105 +883,181 @@ def flagged_questions(folder: Path | None) -> set[str] | None:
     return {pair["test_id"] for pair in pairs if pair["pair_id"] not in innocent}
 
 
-def summarise(results: list[Row], flagged: set[str]) -> dict[str, dict[str, Any]]:
-    """{benchmark: {metric: score in percent, questions, tasks}} without the flagged questions.
+def warn_unchecked(folder: Path, flagged: set[str], tasks: dict[str, tuple[str, Any]]) -> None:
+    """Say which scored benchmarks step 2 did not look at: nothing of theirs can be flagged."""
+    run = folder / "run.json"
+    counts = json.loads(run.read_bytes()).get("counts", {}) if run.is_file() else {}
+    seen = {name.split("/")[0] for name in [*counts.get("test_questions", []), *flagged]}
+    scored = {prefix.split("/")[0] for prefix, _ in tasks.values()}
+    if missing := sorted(scored - seen):
+        known = f"it knows {', '.join(sorted(seen)) or 'none'}"
+        what = f"warning: {folder} did not check {', '.join(missing)} ({known})"
+        print(f"{what}: no question of theirs counts as flagged", file=sys.stderr)
+
+
+def earlier_runs(folders: list[Path]) -> dict[str, Row]:
+    """{model: {"about", "results"}} of finished folders of this script, for --compare."""
+    runs: dict[str, Row] = {}
+    for folder in folders:
+        whole = folder if (folder / "results.json").is_file() else folder.parent
+        check_input(whole / "results.json", f"{folder} is no folder that evaluate.py finished")
+        try:
+            models = json.loads((whole / "results.json").read_bytes())["models"]
+            for model, about in models.items():
+                if folder in (whole, whole / about["folder"]):
+                    paths = sorted((whole / about["folder"]).glob("*.json"))
+                    results = [json.loads(path.read_bytes()) for path in paths]
+                    kept = [r for r in results if r["sha256"] == about["sha256"]]
+                    runs[free_name(model, about, runs)] = {"about": about, "results": kept}
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{whole}/results.json is not evaluate.py's: {error!r}") from None
+    return runs
+
+
+def free_name(model: str, about: Row, runs: dict[str, Row]) -> str:
+    """A model's name in tables: as it was given, with its adapter or a number where that is taken."""
+    names = [model, f"{model} + {about['adapter']}", *(f"{model} #{n}" for n in range(2, 99))]
+    return next(name for name in names if name not in runs)
+
+
+def measures(results: list[Row]) -> dict[str, tuple[str, str, list[Row]]]:
+    """{task of results.json: (headline metric, its key in a question, results to average)}."""
+    found: dict[str, tuple[str, str, list[Row]]] = {}
+    for result in sorted(results, key=lambda result: result["prefix"].startswith("mmlu/")):
+        benchmark = result["prefix"].split("/")[0]
+        if result["metric"] is None or result["task"] == "truthfulqa_mc1":
+            continue
+        metric = HEADLINE.get(benchmark, result["metric"])
+        for name in ("mmlu", result["prefix"]) if benchmark == "mmlu" else (benchmark,):
+            found.setdefault(name, (metric, result["metric"], []))[2].append(result)
+    return found
+
+
+def summarise(
+    results: list[Row], chosen: Callable[[str], bool] | None = None
+) -> dict[str, dict[str, Any]]:
+    """{task: {metric: score in percent, questions, tasks}} of the questions chosen by test id.
 
     MMLU: `acc` is the plain mean of subjects, as on the leaderboard of 2023, `acc_weighted` the
-    mean of questions. A task whose questions are all flagged is left out.
+    mean of questions. A task without a chosen question is left out.
     """
     summary: dict[str, dict[str, Any]] = {}
-    means: dict[str, dict[str, list[float]]] = {}
+    values: dict[tuple[str, str], list[float]] = {}
     for result in results:
-        questions = [q for q in result["questions"] if q["test_id"] not in flagged]
-        if not questions:
-            continue
-        benchmark = result["prefix"].partition("/")[0]
-        about = summary.setdefault(benchmark, {"questions": 0, "tasks": 0})
-        about["tasks"] += 1
-        about["questions"] = len(questions) + (about["questions"] if benchmark == "mmlu" else 0)
-        for metric in ("acc", "acc_norm"):
-            if metric in questions[0]:
-                name = result["task"].rpartition("_")[2] if benchmark == "truthfulqa" else metric
-                values = [question[metric] for question in questions]
-                means.setdefault(benchmark, {}).setdefault(name, []).append(
-                    statistics.fmean(values)
-                )
-                if benchmark == "mmlu":
-                    weighted = means[benchmark].setdefault("acc_weighted", [])
-                    weighted += values
-    for benchmark, metrics in means.items():
-        for name, values in metrics.items():
-            summary[benchmark][name] = 100 * statistics.fmean(values)
+        questions = [q for q in result["questions"] if chosen is None or chosen(q["test_id"])]
+        benchmark = result["prefix"].split("/")[0]
+        mmlu = benchmark == "mmlu"
+        for name in ((benchmark, result["prefix"]) if mmlu else (benchmark,)) if questions else ():
+            about = summary.setdefault(name, {"questions": 0, "tasks": 0})
+            about["tasks"] += 1
+            about["questions"] = len(questions) + (about["questions"] if mmlu else 0)
+            for metric in [key for key in questions[0] if key not in NO_METRIC]:
+                label = result["task"][-3:] if benchmark == "truthfulqa" else metric
+                scores = [question[metric] for question in questions if metric in question]
+                values.setdefault((name, label), []).append(statistics.fmean(scores))
+                if name == "mmlu":
+                    values.setdefault((name, "acc_weighted"), []).extend(scores)
+            if not chosen and not set(questions[0]) - NO_METRIC:  # only the harness's own score
+                about |= result["harness"]
+    for (name, metric), scores in values.items():
+        summary[name][metric] = 100 * statistics.fmean(scores)
     return summary
 
 
-def results_table(scores: dict[str, dict[str, dict[str, Any]]], partial: bool) -> str:
-    """Markdown: headline score of each benchmark and model, and the change over the first model.
+# --- comparison -----------------------------------------------------------------------------------
 
-    Change in percent is the paper's 100 * (new - base) / base; points are new - base.
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar test: p of so uneven a split of the questions that flipped.
+
+    >>> mcnemar(1, 9)
+    0.021484375
     """
-    first, *others = scores
-    headers = ["benchmark", "metric", "questions", Path(first).name]
-    for other in others:
-        headers += [Path(other).name, "change %", "points"]
-    rows = []
-    for benchmark, about in scores[first].items():
-        metric = HEADLINE.get(benchmark, "acc")
-        less = partial or (benchmark == "mmlu" and about["tasks"] < MMLU_SUBJECTS)
-        base = about[metric]
-        row = [benchmark + less * " (partial)", metric, about["questions"], f"{base:.2f}"]
-        for other in others:
-            new = scores[other][benchmark][metric]
-            change = f"{100 * (new - base) / base:+.2f}" if base >= TINY else "-"
-            row += [f"{new:.2f}", change, f"{new - base:+.2f}"]
-        rows.append(row)
-    return markdown_table(headers, rows)
+    flipped = gained + lost
+    tail = sum(math.comb(flipped, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**flipped)
 
 
-def folder_name(model: str) -> str:
-    """A model's folder below --out.
+def bootstrap(groups: list["np.ndarray"]) -> tuple[float, float]:
+    """95 % interval of the mean of groups' means, by resampling within each group.
 
-    >>> folder_name("../demo/base_model"), folder_name("meta-llama/Llama-2-7b-hf")
-    ('demo__base_model', 'meta-llama__Llama-2-7b-hf')
+    groups: paired differences of one task's questions each. A resample is drawn as how often each
+    distinct difference occurs, which is the same distribution at a fraction of the work.
     """
-    return "__".join(part for part in Path(model).parts if part not in ("..", ".", "/"))
+    import numpy as np
+
+    rng, total = np.random.default_rng(0), np.zeros(RESAMPLES)
+    for differences in groups:
+        values, counts = np.unique(differences, return_counts=True)
+        share = counts / len(differences)
+        for part in np.array_split(total, 20):  # views; a part's draws are small enough for memory
+            drawn = rng.multinomial(len(differences), share, size=len(part))
+            part += drawn @ values / len(differences)
+    low, high = np.quantile(total / len(groups), [0.025, 0.975])
+    return float(low), float(high)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Models x tasks -> scores -> change over the first model."""
-    started = time.monotonic()
-    args = parse_args(argv)
-    used = [*args.model, *filter(None, [args.adapter, args.contamination])]
-    check_output(args.out, args.overwrite, *map(Path, used))
-    flagged = flagged_questions(args.contamination)
-    import_harness()
-    check_models(args)
-    tasks = benchmark_tasks(args)
-    results: dict[str, list[Row]] = {}
-    with output_folder(args.out, args.overwrite):
-        for model in args.model:
-            lm = load_model(model, args)
-            folder = args.out / folder_name(model)
-            folder.mkdir(exist_ok=True)
-            for name, (prefix, task) in tasks.items():
-                print(f"scoring {model} on {name}", file=sys.stderr, flush=True)
-                result = {"model": model, **score_task(lm, name, prefix, task, args)}
-                write_file(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
-                results.setdefault(model, []).append(result)
-        table = write_results(args, results, flagged)
-        inputs = [*local_inputs(args), *(Path(path) for path in args.task)]
-        finish_run(args, inputs, started, models=args.model)
-    print(f"{table}\nwrote {args.out}. Next: python tui.py {args.out.parent}")
+def check_same_questions(first: str, base: list[Row], other: str, results: list[Row]) -> None:
+    """Refuse to compare models that were not asked the same."""
+    known = {result["task"]: result for result in base}
+    for result in results:
+        old = known.get(result["task"], result)
+        shared = {r["prefix"].split("/")[0] for r in base} & {result["prefix"].split("/")[0]}
+        if (
+            shared
+            and result["task"] not in known
+            or old["prompts_sha256"] != result["prompts_sha256"]
+        ):
+            why = "another --limit, --seed, few-shot rows or version"
+            raise UserError(
+                f"{result['task']}: {first} and {other} were asked differently ({why}); score both again in one run"
+            )
 
 
-def write_results(
-    args: argparse.Namespace, results: dict[str, list[Row]], flagged: set[str] | None
-) -> str:
-    """Write results.json and results.md; return the tables.
+def compare(base: list[Row], results: list[Row], name: str, flagged: set[str] | None) -> Row:
+    """A model's headline score of a task against the base's, question by question."""
+    import numpy as np
+
+    metric, key, theirs = measures(base)[name]
+    groups = [  # one of (test id, base's score, model's score) for each subject
+        [(a["test_id"], a[key], b[key]) for a, b in zip(*pair, strict=True)]
+        for pair in zip(
+            *([r["questions"] for r in side] for side in (theirs, measures(results)[name][2])),
+            strict=True,
+        )
+    ]
+
+    def mean(value: Callable[[Any], float], left: bool | None = None) -> float | None:
+        kept = [[q for q in g if left is None or (q[0] in flagged) is left] for g in groups]
+        means = [statistics.fmean(map(value, group)) for group in kept if group]
+        return 100 * statistics.fmean(means) if means else None
+
+    flat = [question for group in groups for question in group]
+    binary = {*(x for _, *scores in flat for x in scores)} <= {0, 1}
+    flips = [{"test_id": t, "base": int(a), "model": int(b)} for t, a, b in flat if a != b]
+    gained = sum(b > a for _, a, b in flat)
+    lost = sum(b < a for _, a, b in flat)
+    p = mcnemar(gained, lost) if binary else None
+    low, high = bootstrap([np.array([100 * (b - a) for _, a, b in group]) for group in groups])
+    old, new = mean(lambda q: q[1]), mean(lambda q: q[2])
+    differs = (low > 0 or high < 0) and (p is None or p < ALPHA)
+    row = {"task": name, "metric": metric, "questions": len(flat), "base_score": old, "score": new}
+    row |= {"points": new - old, "percent": 100 * (new - old) / old if old >= TINY else None}
+    row |= {"interval": [low, high], "gained": gained, "lost": lost, "p": p}
+    row["verdict"] = SAME if not differs else "better" if new > old else "worse"
+    for part, side in {"unflagged": False, "flagged": True}.items():
+        known = flagged is not None
+        row[f"points_{part}"] = mean(lambda q: q[2] - q[1], side) if known else None
+    return row | {"flips": flips if binary else []}
+
+
+def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[str] | None) -> str:
+    """Write results.json, results.md and change.svg; return the tables.
 
     results.json, one object (a model is known by its `--model` text, the base first):
       "models": {model: {"folder": below --out, "adapter", "dtype", "load_in_4bit", "sha256": of
-        weights, adapter and tokenizer, "max_length", "path": "prefix" or "stock"}}
+        weights, tokenizer, adapter and settings, "max_length", "path": "prefix" or "stock",
+        "files": {path: sha256}}}
       "tasks": {task: {"metric": headline metric, "questions", "flagged": int or null,
         "partial": bool, "truncated": {model: questions whose context was cut from the left}}}
         where task is "arc", "hellaswag", "mmlu", "mmlu/<subject>" (57), "truthfulqa", or a
@@ -357,13 +1072,196 @@ def write_results(
         "better", "worse" or "not distinguishable", "points_unflagged", "points_flagged": null
         without --contamination, "flips": [{"test_id", "base": 0 or 1, "model": 0 or 1}]}]
     """
-    scores = {"all questions": {m: summarise(r, set()) for m, r in results.items()}}
-    if flagged is not None:
-        scores["unflagged questions"] = {m: summarise(r, flagged) for m, r in results.items()}
-    write_file(args.out / "results.json", json.dumps(scores, indent=1) + "\n")
-    text = "\n\n".join(f"{t}:\n\n{results_table(s, bool(args.limit))}" for t, s in scores.items())
+    (first, base), *others = runs.items()
+    tasks: dict[str, Row] = {}
+    for model, run in runs.items():
+        for name, (metric, _, results) in measures(run["results"]).items():
+            ids = [q["test_id"] for result in results for q in result["questions"]]
+            few = name == "mmlu" and len(results) < MMLU_SUBJECTS
+            about = {"metric": metric, "questions": len(ids), "flagged": None}
+            about["partial"] = few or any(result["limit"] for result in results)
+            if flagged is not None:
+                about["flagged"] = len(flagged.intersection(ids))
+            about = tasks.setdefault(name, {**about, "truncated": {}})
+            about["truncated"][model] = sum(result["truncated"] for result in results)
+    found: dict[str, Any] = {"models": {m: run["about"] for m, run in runs.items()}, "tasks": tasks}
+    parts = {
+        "all": None,
+        "unflagged": lambda t: t not in flagged,
+        "flagged": lambda t: t in flagged,
+    }
+    for part, chosen in parts.items() if flagged is not None else [("all", None)]:
+        scores = {model: summarise(run["results"], chosen) for model, run in runs.items()}
+        found[f"{part} questions"] = scores
+    found["comparisons"] = []
+    for model, run in others:
+        check_same_questions(first, base["results"], model, run["results"])
+        for name in measures(run["results"]).keys() & measures(base["results"]).keys():
+            row = compare(base["results"], run["results"], name, flagged)
+            found["comparisons"].append({"model": model, "base": first, **row})
+    order = {name: place for place, name in enumerate(tasks)}
+    found["comparisons"].sort(key=lambda row: ([*runs].index(row["model"]), order[row["task"]]))
+    text = tables(found, args.paper)
+    write_file(args.out / "results.json", json.dumps(found, indent=1) + "\n")
     write_file(args.out / "results.md", text + "\n")
+    draw_change(found, args.out / "change.svg")
     return text
+
+
+def tables(found: dict[str, Any], paper: bool) -> str:
+    """results.json as Markdown tables; `paper` adds the columns of the paper's Tables 5 and 7."""
+    names = [Path(model).name for model in found["models"]]
+    whole = len({*names}) < len(names)
+    shown = {model: model if whole else Path(model).name for model in found["models"]}
+    first, *others = shown.values()
+    published: dict[str, dict[str, str]] = {}
+    if paper:
+        with PAPER.open(newline="", encoding="utf-8") as file:
+            published = {row.pop("task"): row for row in csv.DictReader(file)}
+    text = f"Scores in percent:\n\n{scores_table(found, shown)}"
+    change = f"Change over {first} in percent, 100 * (new - base) / base; (=): {SAME} from it"
+    if others or paper:
+        for table, subjects in {"5": False, "7": True}.items():
+            if rows := change_rows(found, shown, published, subjects):
+                columns = [*others, *published.get("arc", {})]
+                title = f"{change} (the form of the paper's Table {table}):"
+                text += f"\n\n{title}\n\n{markdown_table(['task', *columns], rows)}"
+    if others:
+        text += f"\n\nPaired tests against {first}, points on the same questions; at 5 % one "
+        text += f"comparison in 20 differs by chance alone:\n\n{tests_table(found, shown)}"
+    if "flagged questions" in found:
+        text += "\n\nWithout and on the questions that step 2 flags; a gain that only the flagged "
+        text += f"ones show is memorised:\n\n{flagged_table(found, shown)}"
+    cut = [
+        f"{task} {count:,} ({shown[model]})"
+        for task, about in found["tasks"].items()
+        for model, count in about["truncated"].items()
+        if count and "/" not in task
+    ]
+    return text + ("\n\nContexts cut from the left to fit: " + ", ".join(cut)) * bool(cut)
+
+
+def scores_table(found: dict[str, Any], shown: dict[str, str]) -> str:
+    """Every metric of every benchmark and task, the headline one first."""
+    rows = []
+    for task, about in found["tasks"].items():
+        scores = [found["all questions"][model].get(task, {}) for model in shown]
+        metrics = [key for key in scores[0] or scores[-1] if key not in ("questions", "tasks")]
+        for metric in sorted(metrics, key=lambda m: m != about["metric"]) * ("/" not in task):
+            values = [f"{score[metric]:.2f}" if metric in score else "-" for score in scores]
+            partial = " (partial)" * about["partial"]
+            rows.append([task + partial, metric, about["questions"], *values])
+    return markdown_table(["task", "metric", "questions", *shown.values()], rows)
+
+
+def change_rows(
+    found: dict[str, Any], shown: dict[str, str], published: dict[str, Row], subjects: bool
+) -> list[list[str]]:
+    """Rows of change in percent, of the benchmarks and tasks or of the MMLU subjects."""
+    compared = {(row["task"], row["model"]): row for row in found["comparisons"]}
+    rows = []
+    for task in dict.fromkeys([*found["tasks"], *published]):
+        cells = []
+        for model in list(shown)[1:]:
+            row = compared.get((task, model), {"percent": None})
+            same = " (=)" * (row.get("verdict") == SAME)
+            cells.append("-" if row["percent"] is None else f"{row['percent']:+.2f}{same}")
+        theirs = published.get(task, dict.fromkeys(published.get("arc", {}), "-"))
+        if ("/" in task) is subjects:
+            rows.append([task.removeprefix("mmlu/"), *cells, *theirs.values()])
+    return rows
+
+
+def tests_table(found: dict[str, Any], shown: dict[str, str]) -> str:
+    """The paired test of every benchmark and task; those of subjects are in results.json."""
+    rows = []
+    for row in found["comparisons"]:
+        low, high = row["interval"]
+        p = "-" if row["p"] is None else f"{row['p']:.2g}"
+        cells = [f"{row['points']:+.2f}", f"{low:+.2f} to {high:+.2f}", row["gained"], row["lost"]]
+        if "/" not in row["task"]:
+            rows.append([row["task"], shown[row["model"]], *cells, p, row["verdict"]])
+    headers = ["task", "model", "points", "95 % interval", "gained", "lost", "p", "verdict"]
+    return markdown_table(headers, rows)
+
+
+def flagged_table(found: dict[str, Any], shown: dict[str, str]) -> str:
+    """Headline scores with and without the flagged questions, and what the base gained on each."""
+
+    def show(value: float | None, sign: str = "") -> str:
+        return "-" if value is None else f"{value:{sign}.2f}"
+
+    compared = {(row["task"], row["model"]): row for row in found["comparisons"]}
+    rows = []
+    for task, about in found["tasks"].items():
+        for model, name in shown.items() if "/" not in task else ():
+            parts = [found[f"{part} questions"][model] for part in ("all", "unflagged", "flagged")]
+            scores = [part.get(task, {}).get(about["metric"]) for part in parts]
+            less = None if None in scores[:2] else scores[1] - scores[0]
+            test = compared.get((task, model), {})
+            gains = [test.get(f"points_{part}") for part in ("unflagged", "flagged")]
+            cells = [*map(show, scores), show(less, "+"), *(show(gain, "+") for gain in gains)]
+            rows.append([task, name, about["flagged"], *cells])
+    headers = ["task", "model", "flagged questions", "all", "unflagged", "flagged"]
+    headers += ["unflagged - all", "gain, unflagged", "gain, flagged"]
+    return markdown_table(headers, rows)
+
+
+def draw_change(found: dict[str, Any], path: Path) -> None:
+    """An SVG of each model's change over the base: by MMLU subject, or by task without MMLU."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["comparisons"] if row["percent"] is not None]
+    rows = [row for row in rows if "/" in row["task"]] or rows
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    if not rows:
+        return
+    deepest = max(sum(row["model"] == model for row in rows) for model in models)
+    figure = Figure(figsize=(6.5 * len(models), 1.2 + 0.2 * deepest), layout="constrained")
+    colours = {"better": "#2b6cb0", "worse": "#c05621", SAME: "#b8bcc4"}
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        bars = sorted((r for r in rows if r["model"] == model), key=lambda row: row["percent"])
+        tasks = [row["task"].removeprefix("mmlu/").replace("_", " ") for row in bars]
+        used = [colours[row["verdict"]] for row in bars]
+        axes.barh(tasks, [row["percent"] for row in bars], color=used)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_ylim(-1, len(bars))
+        axes.set_xlabel(f"change over {Path(rows[0]['base']).name} in percent")
+        axes.set_title(f"{Path(model).name}\nblue better, orange worse, grey {SAME}", fontsize=9)
+    FigureCanvasSVG(figure)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Models x tasks -> scores -> change over the first model."""
+    started = time.monotonic()
+    args = parse_args(argv)
+    vars(args).update(take_rank())
+    if nothing_to_resume(args):
+        return print(f"{args.out} is finished: nothing to resume")
+    used = [*args.model, *args.compare, args.adapter, args.contamination]
+    check_output(args.out, args.overwrite, *(Path(path) for path in used if path))
+    flagged = flagged_questions(args.contamination)
+    runs = earlier_runs(args.compare)
+    import_harness()
+    pick_device(args)
+    files = check_models(args)
+    tasks = benchmark_tasks(args) if files else {}
+    if args.contamination and files and not args.rank:
+        warn_unchecked(args.contamination, flagged, tasks)
+    with nullcontext() if args.rank else output_folder(args.out, args.overwrite):
+        for model in args.model:
+            run = score_model(model, files[model], tasks, args)
+            runs[free_name(model, run["about"], runs)] = run
+        if args.rank:
+            return None
+        text = write_results(args, runs, flagged)
+        inputs = [*local_inputs(args), *(Path(path) for path in args.task if Path(path).is_file())]
+        finish_run(args, inputs, started, models=list(runs))
+    shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
+    print(f"{text}\nwrote {args.out}. Next: python tui.py {args.out.parent}")
 
 
 if __name__ == "__main__":
