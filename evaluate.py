@@ -25,6 +25,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -190,6 +191,8 @@ def import_harness() -> None:
     if found and Path(found.__file__ or "").resolve() == Path(__file__).resolve():
         del sys.modules["evaluate"]
     import lm_eval.models.huggingface  # noqa: F401
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # two lines of hints for every subject
 
 
 def harness_task(path: Path, shots: int, subject: Subject | None) -> "ConfigurableTask":
@@ -648,6 +651,19 @@ def chunk_folder(out: Path) -> Path:
     return out.resolve().with_name(f".{out.resolve().name}.chunks")
 
 
+def to_request(context: "np.ndarray", answer: "np.ndarray", max_length: int) -> Request:
+    """A request of at most `max_length` tokens of input, cut from the left as the harness does."""
+    import numpy as np
+
+    ids = np.concatenate([context, answer]).astype(np.int32)[-max_length - 1 : -1]
+    return Request(ids, np.asarray(answer, np.int32))
+
+
+def sort_key(request: Request) -> tuple[bytes, bytes]:
+    """Big-endian bytes, which sort as the ids do, and much faster."""
+    return request.ids.astype(">i4").tobytes(), request.answer.astype(">i4").tobytes()
+
+
 def score_in_chunks(
     lm: "HFLM", raw: list[tuple[Any, Any, Any]], score: Callable[..., list[tuple[float, bool]]]
 ) -> list[tuple[float, bool]]:
@@ -657,18 +673,15 @@ def score_in_chunks(
     later run can go on from it, and none of another model will. Process `rank` of `world` scores
     every world-th chunk; the first one waits for the others' files, and they get zeros.
     """
-    import numpy as np
-
     requests = []
     for number, (_, context, answer) in enumerate(raw):
         if not 0 < len(answer) <= lm.max_length:
-            raise UserError(f"{lm.place(number)}: an answer of {len(answer)} tokens")
+            task, question = lm.place(number)
+            raise UserError(f"{task}, question {question}: an answer of {len(answer)} tokens")
         if len(context) + len(answer) > lm.max_length + 1:
             lm.truncated.add(lm.place(number))
-        ids = np.concatenate([context, answer]).astype(np.int32)[-lm.max_length - 1 : -1]
-        requests.append(Request(ids, np.asarray(answer, np.int32)))
-    # big-endian bytes sort as the ids do, and much faster
-    keys = [tuple(ids.astype(">i4").tobytes() for ids in request) for request in requests]
+        requests.append(to_request(context, answer, lm.max_length))
+    keys = [sort_key(request) for request in requests]
     order = sorted(range(len(raw)), key=keys.__getitem__)
     chunks = {}
     for start, stop, nodes in plan_chunks([requests[number] for number in order]):
@@ -684,8 +697,9 @@ def score_in_chunks(
             found = score(numbers, [requests[number] for number in numbers], advance)
             for number, (value, _) in zip(numbers, found, strict=True):
                 if not math.isfinite(value):
-                    what = f"a log-likelihood is {value}; its weights or --dtype are at fault"
-                    raise UserError(f"{lm.pretrained}: {lm.place(number)}: {what}")
+                    task, question = lm.place(number)
+                    what = f"a log-likelihood of {value}: its weights or --dtype are at fault"
+                    raise UserError(f"{lm.pretrained}: {task}, question {question}: {what}")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps(found) + "\n")
     answers = [(0.0, False)] * len(raw)
@@ -725,25 +739,50 @@ def progress(lm: "HFLM", raw: list[Any], nodes: int) -> Iterator[Callable[[int],
 
 def prefix_lm() -> type:
     """The class PrefixLM(HFLM), made here because its base takes seconds to import."""
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     class PrefixLM(HFLM):
         """lm-evaluation-harness's Hugging Face model; likelihoods of choices by shared prefixes."""
 
-        def __init__(self, *, chunks: Path, sha256: str = "", shard: tuple[int, int] = (0, 1),
-                     stock: bool = False, load_in_4bit: bool = False, **settings: Any) -> None:  # fmt: skip
+        def __init__(
+            self,
+            *,
+            chunks: Path,
+            sha256: str = "",
+            shard: tuple[int, int] = (0, 1),
+            stock: bool = False,
+            load_in_4bit: bool = False,
+            **settings: Any,
+        ) -> None:
             self.chunks, self.sha256, self.shard = chunks, sha256, shard
             self.four_bit = load_in_4bit
             self.label, self.asked, self.truncated = "", [], set()
-            # logits_cache is wrong where one text is split in two ways; bfloat16 softmax moves scores
+            # the cache errs where one text is split in two ways; a bfloat16 softmax moves scores
             super().__init__(logits_cache=False, softmax_dtype="float32", **settings)
-            self.why_stock = "--stock" if stock else why_stock(self)
             self.scorer = PrefixScorer(self.model, pack_size(self.model))
+            self.why_stock = "--stock" if stock else why_stock(self) or self.trial()
 
         def _create_model(self, *args: Any, **settings: Any) -> None:
             if self.four_bit:
                 settings["quantization_config"] = four_bit(settings["dtype"])
             super()._create_model(*args, use_safetensors=True, **settings)
+
+        def trial(self) -> str:
+            """Why the two ways differ on a few branching requests; "" where they do not."""
+            asked = [
+                (None, [5, 6, 7, 8], [9, 5]),
+                (None, [5, 6, 7, 8], [6]),
+                (None, [5], [7, 7, 8]),
+            ]
+            theirs = super()._loglikelihood_tokens(asked, disable_tqdm=True)
+            try:
+                ours = self.scorer(sorted((to_request(*r[1:], 64) for r in asked), key=sort_key))
+            except Exception as error:  # an argument that it takes and then does not serve
+                return f"it does not serve shared prefixes ({first_line(error)})"
+            off = max(abs(a[0] - b[0]) for a, b in zip(sorted(ours), sorted(theirs), strict=True))
+            exact = self.model.get_input_embeddings().weight.dtype == torch.float32
+            return "" if off < (1e-3 if exact else 0.5) else f"its results differ by {off:.2g}"
 
         def place(self, number: int) -> tuple[str, int]:
             """(task, number of the question) that a request belongs to."""
@@ -792,19 +831,13 @@ def four_bit(dtype: str) -> Any:
 def score_model(
     model: str, files: dict[str, str], tasks: dict[str, Any], args: argparse.Namespace
 ) -> Row:
-    """{"about", "results"} of a model on every task; each task's file is written when it is whole."""
+    """{"about", "results"} of a model; each task's file is written when the task is whole."""
     lm = load_model(model, files, args)
     folder = args.out / folder_name(model)
-    about = {
-        "folder": folder.name,
-        "adapter": args.adapter,
-        "dtype": str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
-        "load_in_4bit": args.load_in_4bit,
-        "sha256": lm.sha256,
-        "max_length": lm.max_length,
-        "path": "stock" if lm.why_stock else "prefix",
-        "files": files,
-    }
+    about = {"folder": folder.name, "adapter": args.adapter, "load_in_4bit": args.load_in_4bit}
+    about["dtype"] = str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    about |= {"sha256": lm.sha256, "max_length": lm.max_length, "files": files}
+    about["path"] = "stock" if lm.why_stock else "prefix"
     results = []
     for benchmark, group in itertools.groupby(tasks.items(), lambda item: item[1][0].split("/")[0]):
         lm.label = f"{model} on {benchmark}"
@@ -832,43 +865,33 @@ def score_benchmark(
         bootstrap_iters=0,
         fewshot_random_seed=args.seed,
     )
-    rows = []
+    seconds, rows = time.monotonic() - began, []
     for name, (prefix, _) in tasks.items():
         samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
-        questions = to_questions(prefix, samples)
-        metrics = [key for key in questions[0] if key not in NO_METRIC]
         row = {"model": lm.pretrained, "sha256": lm.sha256, "task": name, "prefix": prefix}
-        row |= {"limit": args.limit, "seconds": round(time.monotonic() - began, 2)}
+        row |= {"limit": args.limit, "benchmark_seconds": round(seconds, 2)}
         prompts = "".join(sample["prompt_hash"] for sample in samples)
         row["prompts_sha256"] = hashlib.sha256(prompts.encode()).hexdigest()
         row["truncated"] = sum(task == name for task, _ in lm.truncated)
-        whole = result["results"][name]
-        row["harness"] = {
-            k: v for k, v in whole.items() if isinstance(v, float) and "stderr" not in k
-        }
-        best = HEADLINE.get(prefix.split("/")[0])
-        row["metric"] = best if best in metrics else next(iter(metrics), None)
-        rows.append(row | {"questions": questions})
+        row["harness"] = {k: v for k, v in result["results"][name].items() if type(v) is float}
+        rows.append(row | {"questions": to_questions(prefix, samples)})
     return rows
 
 
 def to_questions(prefix: str, samples: list[Row]) -> list[Row]:
-    """The harness's samples of a task, in order of doc_id, as lines of our result files."""
+    """The harness's samples of a task, one for each filter, as one line a question."""
     questions: dict[int, Row] = {}
     for sample in samples:
-        number = sample["doc_id"]
-        row = sample["doc"].get("test_row", number)
-        line = questions.setdefault(number, {"test_id": f"{prefix}/{row}"})
-        line["target"] = sample["target"]
-        answers = sample["filtered_resps"]
+        row = sample["doc"].get("test_row", sample["doc_id"])
+        line = questions.setdefault(sample["doc_id"], {"test_id": f"{prefix}/{row}"})
+        line["target"], answers = sample["target"], sample["filtered_resps"]
         if all(isinstance(answer, tuple) for answer in answers):
             line["log_likelihoods"] = [float(answer[0]) for answer in answers]
         else:
             line["responses"] = answers
-        filtered = "" if sample["filter"] == "none" else f",{sample['filter']}"
-        for metric in sample["metrics"]:
-            if isinstance(sample[metric], int | float):
-                line[metric + filtered] = float(sample[metric])
+        suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+        numbers = [m for m in sample["metrics"] if isinstance(sample[m], int | float)]
+        line |= {metric + suffix: float(sample[metric]) for metric in numbers}
     return list(questions.values())
 
 
@@ -888,83 +911,86 @@ def warn_unchecked(folder: Path, flagged: set[str], tasks: dict[str, tuple[str, 
     run = folder / "run.json"
     counts = json.loads(run.read_bytes()).get("counts", {}) if run.is_file() else {}
     seen = {name.split("/")[0] for name in [*counts.get("test_questions", []), *flagged]}
-    scored = {prefix.split("/")[0] for prefix, _ in tasks.values()}
-    if missing := sorted(scored - seen):
-        known = f"it knows {', '.join(sorted(seen)) or 'none'}"
-        what = f"warning: {folder} did not check {', '.join(missing)} ({known})"
-        print(f"{what}: no question of theirs counts as flagged", file=sys.stderr)
+    missing = {prefix.split("/")[0] for prefix, _ in tasks.values()} - seen
+    if missing:
+        what = (
+            f"{folder} did not check {', '.join(sorted(missing))} (only {', '.join(sorted(seen))})"
+        )
+        print(f"warning: {what}: none of its questions counts as flagged", file=sys.stderr)
 
 
 def earlier_runs(folders: list[Path]) -> dict[str, Row]:
     """{model: {"about", "results"}} of finished folders of this script, for --compare."""
     runs: dict[str, Row] = {}
     for folder in folders:
-        whole = folder if (folder / "results.json").is_file() else folder.parent
-        check_input(whole / "results.json", f"{folder} is no folder that evaluate.py finished")
+        file = check_input(folder / "results.json", f"{folder} is no folder of evaluate.py's")
         try:
-            models = json.loads((whole / "results.json").read_bytes())["models"]
-            for model, about in models.items():
-                if folder in (whole, whole / about["folder"]):
-                    paths = sorted((whole / about["folder"]).glob("*.json"))
-                    results = [json.loads(path.read_bytes()) for path in paths]
-                    kept = [r for r in results if r["sha256"] == about["sha256"]]
-                    runs[free_name(model, about, runs)] = {"about": about, "results": kept}
+            for model, about in json.loads(file.read_bytes())["models"].items():
+                paths = sorted((folder / about["folder"]).glob("*.json"))
+                results = [json.loads(path.read_bytes()) for path in paths]
+                kept = [result for result in results if result["sha256"] == about["sha256"]]
+                runs[free_name(model, about, runs)] = {"about": about, "results": kept}
         except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{whole}/results.json is not evaluate.py's: {error!r}") from None
+            raise UserError(f"{file} or what it names is not evaluate.py's: {error!r}") from None
     return runs
 
 
 def free_name(model: str, about: Row, runs: dict[str, Row]) -> str:
-    """A model's name in tables: as it was given, with its adapter or a number where that is taken."""
+    """A model's name in results: as given, with its adapter or a number where that is taken."""
     names = [model, f"{model} + {about['adapter']}", *(f"{model} #{n}" for n in range(2, 99))]
     return next(name for name in names if name not in runs)
 
 
-def measures(results: list[Row]) -> dict[str, tuple[str, str, list[Row]]]:
-    """{task of results.json: (headline metric, its key in a question, results to average)}."""
-    found: dict[str, tuple[str, str, list[Row]]] = {}
-    for result in sorted(results, key=lambda result: result["prefix"].startswith("mmlu/")):
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def series(results: list[Row]) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """{task: {metric: [{test id: value} of each subject]}}; MMLU's subjects are tasks as well."""
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for result in results:
         benchmark = result["prefix"].split("/")[0]
-        if result["metric"] is None or result["task"] == "truthfulqa_mc1":
-            continue
-        metric = HEADLINE.get(benchmark, result["metric"])
-        for name in ("mmlu", result["prefix"]) if benchmark == "mmlu" else (benchmark,):
-            found.setdefault(name, (metric, result["metric"], []))[2].append(result)
+        for task in dict.fromkeys([benchmark, result["prefix"].removesuffix("/all")]):
+            for metric in [key for key in result["questions"][0] if key not in NO_METRIC]:
+                label = result["task"][-3:] if benchmark == "truthfulqa" else metric
+                values = {q["test_id"]: q[metric] for q in result["questions"]}
+                found.setdefault(task, {}).setdefault(label, []).append(values)
     return found
+
+
+def headline(task: str, metrics: dict[str, Any]) -> str:
+    """The metric that the leaderboard takes, a task's own first one elsewhere."""
+    return HEADLINE.get(task.split("/")[0], next(iter(metrics)))
+
+
+def mean(
+    groups: list[dict[str, float]], chosen: Callable[[str], bool] | None = None
+) -> float | None:
+    """Mean of the groups' means, in percent, over the questions chosen; None where none is."""
+    kept = [[v for test_id, v in g.items() if chosen is None or chosen(test_id)] for g in groups]
+    means = [statistics.fmean(values) for values in kept if values]
+    return 100 * statistics.fmean(means) if means else None
 
 
 def summarise(
     results: list[Row], chosen: Callable[[str], bool] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """{task: {metric: score in percent, questions, tasks}} of the questions chosen by test id.
+    """{task: {"questions", "tasks", metric: score in percent}} of the questions chosen by test id.
 
     MMLU: `acc` is the plain mean of subjects, as on the leaderboard of 2023, `acc_weighted` the
     mean of questions. A task without a chosen question is left out.
     """
-    summary: dict[str, dict[str, Any]] = {}
-    values: dict[tuple[str, str], list[float]] = {}
-    for result in results:
-        questions = [q for q in result["questions"] if chosen is None or chosen(q["test_id"])]
-        benchmark = result["prefix"].split("/")[0]
-        mmlu = benchmark == "mmlu"
-        for name in ((benchmark, result["prefix"]) if mmlu else (benchmark,)) if questions else ():
-            about = summary.setdefault(name, {"questions": 0, "tasks": 0})
-            about["tasks"] += 1
-            about["questions"] = len(questions) + (about["questions"] if mmlu else 0)
-            for metric in [key for key in questions[0] if key not in NO_METRIC]:
-                label = result["task"][-3:] if benchmark == "truthfulqa" else metric
-                scores = [question[metric] for question in questions if metric in question]
-                values.setdefault((name, label), []).append(statistics.fmean(scores))
-                if name == "mmlu":
-                    values.setdefault((name, "acc_weighted"), []).extend(scores)
-            if not chosen and not set(questions[0]) - NO_METRIC:  # only the harness's own score
-                about |= result["harness"]
-    for (name, metric), scores in values.items():
-        summary[name][metric] = 100 * statistics.fmean(scores)
+    summary = {}
+    for task, metrics in series(results).items():
+        groups = metrics[headline(task, metrics)]
+        ids = [[i for i in group if chosen is None or chosen(i)] for group in groups]
+        about: dict[str, Any] = {"questions": sum(map(len, ids)), "tasks": sum(map(bool, ids))}
+        about |= {metric: mean(values, chosen) for metric, values in metrics.items()}
+        if task == "mmlu":
+            together = {test_id: value for group in groups for test_id, value in group.items()}
+            about["acc_weighted"] = mean([together], chosen)
+        if about["questions"]:
+            summary[task] = about
     return summary
-
-
-# --- comparison -----------------------------------------------------------------------------------
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -973,82 +999,62 @@ def mcnemar(gained: int, lost: int) -> float:
     >>> mcnemar(1, 9)
     0.021484375
     """
-    flipped = gained + lost
-    tail = sum(math.comb(flipped, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**flipped)
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** (gained + lost))
 
 
 def bootstrap(groups: list["np.ndarray"]) -> tuple[float, float]:
-    """95 % interval of the mean of groups' means, by resampling within each group.
+    """95 % interval of the mean of the groups' means, resampled within each group.
 
-    groups: paired differences of one task's questions each. A resample is drawn as how often each
-    distinct difference occurs, which is the same distribution at a fraction of the work.
+    groups: paired differences, one array for each subject. A resample is drawn as how often each
+    distinct difference occurs: the same distribution for a fraction of the work.
     """
     import numpy as np
 
     rng, total = np.random.default_rng(0), np.zeros(RESAMPLES)
     for differences in groups:
         values, counts = np.unique(differences, return_counts=True)
-        share = counts / len(differences)
-        for part in np.array_split(total, 20):  # views; a part's draws are small enough for memory
-            drawn = rng.multinomial(len(differences), share, size=len(part))
+        for part in np.array_split(total, 20):  # views; draws of all at once could fill the memory
+            drawn = rng.multinomial(len(differences), counts / len(differences), size=len(part))
             part += drawn @ values / len(differences)
     low, high = np.quantile(total / len(groups), [0.025, 0.975])
     return float(low), float(high)
 
 
-def check_same_questions(first: str, base: list[Row], other: str, results: list[Row]) -> None:
-    """Refuse to compare models that were not asked the same."""
-    known = {result["task"]: result for result in base}
-    for result in results:
-        old = known.get(result["task"], result)
-        shared = {r["prefix"].split("/")[0] for r in base} & {result["prefix"].split("/")[0]}
-        if (
-            shared
-            and result["task"] not in known
-            or old["prompts_sha256"] != result["prompts_sha256"]
-        ):
-            why = "another --limit, --seed, few-shot rows or version"
-            raise UserError(
-                f"{result['task']}: {first} and {other} were asked differently ({why}); score both again in one run"
-            )
-
-
-def compare(base: list[Row], results: list[Row], name: str, flagged: set[str] | None) -> Row:
+def compare(base: list[Row], results: list[Row], task: str, flagged: set[str] | None) -> Row:
     """A model's headline score of a task against the base's, question by question."""
     import numpy as np
 
-    metric, key, theirs = measures(base)[name]
-    groups = [  # one of (test id, base's score, model's score) for each subject
-        [(a["test_id"], a[key], b[key]) for a, b in zip(*pair, strict=True)]
-        for pair in zip(
-            *([r["questions"] for r in side] for side in (theirs, measures(results)[name][2])),
-            strict=True,
-        )
-    ]
-
-    def mean(value: Callable[[Any], float], left: bool | None = None) -> float | None:
-        kept = [[q for q in g if left is None or (q[0] in flagged) is left] for g in groups]
-        means = [statistics.fmean(map(value, group)) for group in kept if group]
-        return 100 * statistics.fmean(means) if means else None
-
-    flat = [question for group in groups for question in group]
-    binary = {*(x for _, *scores in flat for x in scores)} <= {0, 1}
-    flips = [{"test_id": t, "base": int(a), "model": int(b)} for t, a, b in flat if a != b]
-    gained = sum(b > a for _, a, b in flat)
-    lost = sum(b < a for _, a, b in flat)
+    metric = headline(task, series(base)[task])
+    before, after = (series(side)[task][metric] for side in (base, results))
+    gains = [{i: b[i] - a[i] for i in a} for a, b in zip(before, after, strict=True)]
+    flat = {test_id: gain for group in gains for test_id, gain in group.items()}
+    binary = {value for group in before + after for value in group.values()} <= {0, 1}
+    gained, lost = (sum(sign * gain > 0 for gain in flat.values()) for sign in (1, -1))
     p = mcnemar(gained, lost) if binary else None
-    low, high = bootstrap([np.array([100 * (b - a) for _, a, b in group]) for group in groups])
-    old, new = mean(lambda q: q[1]), mean(lambda q: q[2])
-    differs = (low > 0 or high < 0) and (p is None or p < ALPHA)
-    row = {"task": name, "metric": metric, "questions": len(flat), "base_score": old, "score": new}
+    low, high = bootstrap([100 * np.array([*group.values()]) for group in gains])
+    old, new = mean(before), mean(after)
+    row = {"task": task, "metric": metric, "questions": len(flat), "base_score": old, "score": new}
     row |= {"points": new - old, "percent": 100 * (new - old) / old if old >= TINY else None}
     row |= {"interval": [low, high], "gained": gained, "lost": lost, "p": p}
+    differs = (low > 0 or high < 0) and (p is None or p < ALPHA)
     row["verdict"] = SAME if not differs else "better" if new > old else "worse"
     for part, side in {"unflagged": False, "flagged": True}.items():
-        known = flagged is not None
-        row[f"points_{part}"] = mean(lambda q: q[2] - q[1], side) if known else None
+        chosen = mean(gains, lambda i, side=side: (i in flagged) is side) if flagged else None
+        row[f"points_{part}"] = chosen
+    flips = [{"test_id": i, "base": int(g < 0), "model": int(g > 0)} for i, g in flat.items() if g]
     return row | {"flips": flips if binary else []}
+
+
+def check_same_questions(runs: dict[str, Row]) -> None:
+    """Refuse to compare models that were not asked the same."""
+    asked = [{r["task"]: r["prompts_sha256"] for r in run["results"]} for run in runs.values()]
+    for model, tasks in zip(runs, asked, strict=True):
+        if tasks != asked[0]:
+            other = sorted({*tasks.items()} ^ {*asked[0].items()})[0][0]
+            why = "another --limit, --seed, set of tasks, few-shot rows or version"
+            what = f"{next(iter(runs))} and {model} were not asked the same in {other} ({why})"
+            raise UserError(f"{what}: score both with one command")
 
 
 def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[str] | None) -> str:
@@ -1072,35 +1078,32 @@ def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[s
         "better", "worse" or "not distinguishable", "points_unflagged", "points_flagged": null
         without --contamination, "flips": [{"test_id", "base": 0 or 1, "model": 0 or 1}]}]
     """
+    check_same_questions(runs)
     (first, base), *others = runs.items()
     tasks: dict[str, Row] = {}
-    for model, run in runs.items():
-        for name, (metric, _, results) in measures(run["results"]).items():
-            ids = [q["test_id"] for result in results for q in result["questions"]]
-            few = name == "mmlu" and len(results) < MMLU_SUBJECTS
-            about = {"metric": metric, "questions": len(ids), "flagged": None}
-            about["partial"] = few or any(result["limit"] for result in results)
-            if flagged is not None:
-                about["flagged"] = len(flagged.intersection(ids))
-            about = tasks.setdefault(name, {**about, "truncated": {}})
-            about["truncated"][model] = sum(result["truncated"] for result in results)
+    for task, metrics in series(base["results"]).items():
+        metric = headline(task, metrics)
+        ids = {test_id for group in metrics[metric] for test_id in group}
+        tasks[task] = {"metric": metric, "questions": len(ids), "truncated": {}}
+        tasks[task]["flagged"] = None if flagged is None else len(ids & flagged)
+        few = task == "mmlu" and len(metrics[metric]) < MMLU_SUBJECTS
+        tasks[task]["partial"] = few or any(result["limit"] for result in base["results"])
+        for model, run in runs.items():
+            cut = {r["prefix"]: r["truncated"] for r in run["results"]}
+            cut = [n for prefix, n in cut.items() if f"{prefix}/".startswith(f"{task}/")]
+            tasks[task]["truncated"][model] = sum(cut)
     found: dict[str, Any] = {"models": {m: run["about"] for m, run in runs.items()}, "tasks": tasks}
-    parts = {
-        "all": None,
-        "unflagged": lambda t: t not in flagged,
-        "flagged": lambda t: t in flagged,
-    }
-    for part, chosen in parts.items() if flagged is not None else [("all", None)]:
+    parts: dict[str, Any] = {"all": None}
+    if flagged is not None:
+        parts |= {"unflagged": lambda i: i not in flagged, "flagged": lambda i: i in flagged}
+    for part, chosen in parts.items():
         scores = {model: summarise(run["results"], chosen) for model, run in runs.items()}
         found[f"{part} questions"] = scores
-    found["comparisons"] = []
-    for model, run in others:
-        check_same_questions(first, base["results"], model, run["results"])
-        for name in measures(run["results"]).keys() & measures(base["results"]).keys():
-            row = compare(base["results"], run["results"], name, flagged)
-            found["comparisons"].append({"model": model, "base": first, **row})
-    order = {name: place for place, name in enumerate(tasks)}
-    found["comparisons"].sort(key=lambda row: ([*runs].index(row["model"]), order[row["task"]]))
+    found["comparisons"] = [
+        {"model": m, "base": first, **compare(base["results"], run["results"], task, flagged)}
+        for m, run in others
+        for task in tasks
+    ]
     text = tables(found, args.paper)
     write_file(args.out / "results.json", json.dumps(found, indent=1) + "\n")
     write_file(args.out / "results.md", text + "\n")
@@ -1109,107 +1112,88 @@ def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[s
 
 
 def tables(found: dict[str, Any], paper: bool) -> str:
-    """results.json as Markdown tables; `paper` adds the columns of the paper's Tables 5 and 7."""
+    """results.json as Markdown: scores, change in percent beside the paper's, paired tests."""
     names = [Path(model).name for model in found["models"]]
-    whole = len({*names}) < len(names)
-    shown = {model: model if whole else Path(model).name for model in found["models"]}
-    first, *others = shown.values()
-    published: dict[str, dict[str, str]] = {}
+    names = names if len({*names}) == len(names) else [*found["models"]]
+    base, *others = names
+    text = ""
+    for part, what in {
+        "all": "",
+        "unflagged": " (difference to all)",
+        "flagged": " (the same)",
+    }.items():
+        if f"{part} questions" in found:
+            table = markdown_table(["task", "metric", "questions", *names], score_rows(found, part))
+            text += f"Scores in percent, {part} questions{what}:\n\n{table}\n\n"
+    theirs: dict[str, Row] = {}
     if paper:
         with PAPER.open(newline="", encoding="utf-8") as file:
-            published = {row.pop("task"): row for row in csv.DictReader(file)}
-    text = f"Scores in percent:\n\n{scores_table(found, shown)}"
-    change = f"Change over {first} in percent, 100 * (new - base) / base; (=): {SAME} from it"
-    if others or paper:
-        for table, subjects in {"5": False, "7": True}.items():
-            if rows := change_rows(found, shown, published, subjects):
-                columns = [*others, *published.get("arc", {})]
-                title = f"{change} (the form of the paper's Table {table}):"
-                text += f"\n\n{title}\n\n{markdown_table(['task', *columns], rows)}"
+            theirs = {row.pop("task"): row for row in csv.DictReader(file)}
+    for number, subjects in {5: False, 7: True}.items() if others or paper else ():
+        headers = ["task", *others, *theirs.get("arc", {})]
+        if rows := change_rows(found, theirs, subjects):
+            text += f"Change over {base} in percent, the paper's Table {number}; (=): {SAME}:\n\n"
+            text += markdown_table(headers, rows) + "\n\n"
     if others:
-        text += f"\n\nPaired tests against {first}, points on the same questions; at 5 % one "
-        text += f"comparison in 20 differs by chance alone:\n\n{tests_table(found, shown)}"
-    if "flagged questions" in found:
-        text += "\n\nWithout and on the questions that step 2 flags; a gain that only the flagged "
-        text += f"ones show is memorised:\n\n{flagged_table(found, shown)}"
-    cut = [
-        f"{task} {count:,} ({shown[model]})"
-        for task, about in found["tasks"].items()
-        for model, count in about["truncated"].items()
-        if count and "/" not in task
-    ]
-    return text + ("\n\nContexts cut from the left to fit: " + ", ".join(cut)) * bool(cut)
+        headers = ["task", "model", "points", "95 % interval", "gained", "lost", "p"]
+        headers += ["points, unflagged", "points, flagged", "verdict"]
+        text += f"Against {base} on the same questions; of 20 such tests 1 differs by chance:\n\n"
+        text += markdown_table(
+            headers, test_rows(found, dict(zip(found["models"], names, strict=True)))
+        )
+    return text.strip()
 
 
-def scores_table(found: dict[str, Any], shown: dict[str, str]) -> str:
-    """Every metric of every benchmark and task, the headline one first."""
+def score_rows(found: dict[str, Any], part: str) -> list[list[Any]]:
+    """[task, metric, questions, score of each model]: the headline metric first."""
     rows = []
     for task, about in found["tasks"].items():
-        scores = [found["all questions"][model].get(task, {}) for model in shown]
-        metrics = [key for key in scores[0] or scores[-1] if key not in ("questions", "tasks")]
-        for metric in sorted(metrics, key=lambda m: m != about["metric"]) * ("/" not in task):
-            values = [f"{score[metric]:.2f}" if metric in score else "-" for score in scores]
-            partial = " (partial)" * about["partial"]
-            rows.append([task + partial, metric, about["questions"], *values])
-    return markdown_table(["task", "metric", "questions", *shown.values()], rows)
-
-
-def change_rows(
-    found: dict[str, Any], shown: dict[str, str], published: dict[str, Row], subjects: bool
-) -> list[list[str]]:
-    """Rows of change in percent, of the benchmarks and tasks or of the MMLU subjects."""
-    compared = {(row["task"], row["model"]): row for row in found["comparisons"]}
-    rows = []
-    for task in dict.fromkeys([*found["tasks"], *published]):
-        cells = []
-        for model in list(shown)[1:]:
-            row = compared.get((task, model), {"percent": None})
-            same = " (=)" * (row.get("verdict") == SAME)
-            cells.append("-" if row["percent"] is None else f"{row['percent']:+.2f}{same}")
-        theirs = published.get(task, dict.fromkeys(published.get("arc", {}), "-"))
-        if ("/" in task) is subjects:
-            rows.append([task.removeprefix("mmlu/"), *cells, *theirs.values()])
+        scores = [of.get(task, {}) for of in found[f"{part} questions"].values()]
+        whole = [of[task] for of in found["all questions"].values()]
+        metrics = [m for m in scores[0] if m not in ("questions", "tasks")] * ("/" not in task)
+        for metric in sorted(metrics, key=lambda m: m != about["metric"]):
+            cells = [f"{score[metric]:.2f}" for score in scores]
+            if part != "all":
+                less = [a[metric] - b[metric] for a, b in zip(scores, whole, strict=True)]
+                cells = [f"{cell} ({x:+.2f})" for cell, x in zip(cells, less, strict=True)]
+            rows.append(
+                [task + " (partial)" * about["partial"], metric, scores[0]["questions"], *cells]
+            )
     return rows
 
 
-def tests_table(found: dict[str, Any], shown: dict[str, str]) -> str:
+def change_rows(found: dict[str, Any], theirs: dict[str, Row], subjects: bool) -> list[list[str]]:
+    """[task, change of each model, the paper's], of benchmarks and tasks or of MMLU's subjects."""
+    compared = {(row["task"], row["model"]): row for row in found["comparisons"]}
+    rows, nothing = [], dict.fromkeys(theirs.get("arc", ()), "-")
+    for task in dict.fromkeys([*found["tasks"], *theirs]):
+        cells = []
+        for model in list(found["models"])[1:]:
+            row = compared.get((task, model), {"percent": None})
+            same = " (=)" * (row.get("verdict") == SAME)
+            cells.append("-" if row["percent"] is None else f"{row['percent']:+.2f}{same}")
+        if ("/" in task) is subjects:
+            rows.append([task.removeprefix("mmlu/"), *cells, *theirs.get(task, nothing).values()])
+    return rows
+
+
+def test_rows(found: dict[str, Any], names: dict[str, str]) -> list[list[Any]]:
     """The paired test of every benchmark and task; those of subjects are in results.json."""
     rows = []
-    for row in found["comparisons"]:
-        low, high = row["interval"]
+    for row in [row for row in found["comparisons"] if "/" not in row["task"]]:
+        show = [
+            "-" if row[f"points_{p}"] is None else f"{row[f'points_{p}']:+.2f}"
+            for p in ("unflagged", "flagged")
+        ]
+        interval = "{:+.2f} to {:+.2f}".format(*row["interval"])
         p = "-" if row["p"] is None else f"{row['p']:.2g}"
-        cells = [f"{row['points']:+.2f}", f"{low:+.2f} to {high:+.2f}", row["gained"], row["lost"]]
-        if "/" not in row["task"]:
-            rows.append([row["task"], shown[row["model"]], *cells, p, row["verdict"]])
-    headers = ["task", "model", "points", "95 % interval", "gained", "lost", "p", "verdict"]
-    return markdown_table(headers, rows)
-
-
-def flagged_table(found: dict[str, Any], shown: dict[str, str]) -> str:
-    """Headline scores with and without the flagged questions, and what the base gained on each."""
-
-    def show(value: float | None, sign: str = "") -> str:
-        return "-" if value is None else f"{value:{sign}.2f}"
-
-    compared = {(row["task"], row["model"]): row for row in found["comparisons"]}
-    rows = []
-    for task, about in found["tasks"].items():
-        for model, name in shown.items() if "/" not in task else ():
-            parts = [found[f"{part} questions"][model] for part in ("all", "unflagged", "flagged")]
-            scores = [part.get(task, {}).get(about["metric"]) for part in parts]
-            less = None if None in scores[:2] else scores[1] - scores[0]
-            test = compared.get((task, model), {})
-            gains = [test.get(f"points_{part}") for part in ("unflagged", "flagged")]
-            cells = [*map(show, scores), show(less, "+"), *(show(gain, "+") for gain in gains)]
-            rows.append([task, name, about["flagged"], *cells])
-    headers = ["task", "model", "flagged questions", "all", "unflagged", "flagged"]
-    headers += ["unflagged - all", "gain, unflagged", "gain, flagged"]
-    return markdown_table(headers, rows)
+        first = [row["task"], names[row["model"]], f"{row['points']:+.2f}", interval]
+        rows.append([*first, row["gained"], row["lost"], p, *show, row["verdict"]])
+    return rows
 
 
 def draw_change(found: dict[str, Any], path: Path) -> None:
     """An SVG of each model's change over the base: by MMLU subject, or by task without MMLU."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     rows = [row for row in found["comparisons"] if row["percent"] is not None]
@@ -1217,9 +1201,9 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     if not rows:
         return
-    deepest = max(sum(row["model"] == model for row in rows) for model in models)
-    figure = Figure(figsize=(6.5 * len(models), 1.2 + 0.2 * deepest), layout="constrained")
-    colours = {"better": "#2b6cb0", "worse": "#c05621", SAME: "#b8bcc4"}
+    height = 1.2 + 0.2 * len({row["task"] for row in rows})
+    figure = Figure(figsize=(6.5 * len(models), height), layout="constrained")
+    colours = {"better": "tab:blue", "worse": "tab:orange", SAME: "silver"}
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         bars = sorted((r for r in rows if r["model"] == model), key=lambda row: row["percent"])
         tasks = [row["task"].removeprefix("mmlu/").replace("_", " ") for row in bars]
@@ -1227,10 +1211,8 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
         axes.barh(tasks, [row["percent"] for row in bars], color=used)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.tick_params(axis="y", labelsize=7)
-        axes.set_ylim(-1, len(bars))
         axes.set_xlabel(f"change over {Path(rows[0]['base']).name} in percent")
-        axes.set_title(f"{Path(model).name}\nblue better, orange worse, grey {SAME}", fontsize=9)
-    FigureCanvasSVG(figure)
+        axes.set_title(f"{Path(model).name} (grey: {SAME})", fontsize=9)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
@@ -1261,7 +1243,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs = [*local_inputs(args), *(Path(path) for path in args.task if Path(path).is_file())]
         finish_run(args, inputs, started, models=list(runs))
     shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
-    print(f"{text}\nwrote {args.out}. Next: python tui.py {args.out.parent}")
+    print(f"{text}\n\nwrote {args.out}. Next: python tui.py {args.out.parent}")
 
 
 if __name__ == "__main__":
