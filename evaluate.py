@@ -507,7 +507,8 @@ def plan_chunks(requests: list[Request]) -> list[tuple[int, int, int]]:
     chunks, start, nodes, before = [], 0, 0, None
     for number, request in enumerate(requests):
         shared = common_prefix(before.ids, request.ids) if before else 0
-        if nodes >= max(CHUNK_TOKENS, CHUNK_SHARE * shared, 1):
+        enough = nodes >= max(CHUNK_TOKENS, CHUNK_SHARE * shared, 1)
+        if enough and shared < len(request.ids):  # equal requests stay together
             chunks.append((start, number, nodes))
             start, nodes, shared = number, 0, 0
         nodes += len(request.ids) - shared
