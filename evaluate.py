@@ -63,6 +63,7 @@ from check_contamination import (
     read_decisions,
     read_jsonl,
 )
+from merge import read_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -347,7 +348,6 @@ def check_models(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 def check_folder(flag: str, name: str) -> dict[str, str]:
     """{file: sha256} of a model's or adapter's folder, after a look at each; or {id: commit}."""
-    from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer
 
     folder, adapter = Path(name), flag == "--adapter"
@@ -371,7 +371,7 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
     path = folder / wanted
     try:
         for path in folder.glob("*.safetensors"):
-            safe_open(path, "pt").__exit__(None, None, None)  # it reads the header and the length
+            read_header(path)  # refuses a file that was cut short
         path = folder / wanted
         if not adapter:
             AutoConfig.from_pretrained(name)
@@ -1228,6 +1228,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output(args.out, args.overwrite, *(Path(path) for path in used if path))
     flagged = flagged_questions(args.contamination)
     runs = earlier_runs(args.compare)
+    check_same_questions(runs)
     import_harness()
     pick_device(args)
     files = check_models(args)
