@@ -9,8 +9,9 @@ are medians. The harness runs with its cache of one-token answers on (its defaul
 the best of several batch sizes, which is looked for first. The model is random: speed does not
 depend on what it says. Its tokenizer is a byte-level BPE made of the questions themselves.
 
-The sample has questions of each benchmark; `full suite` scales each benchmark's seconds and tokens
-to all its questions (MMLU by the tokens of its 57 subjects, counted without a forward pass).
+The sample has questions of each benchmark; `full suite` scales each way's seconds on it, less what
+a run costs with one question, by the tokens that the way needs for all questions, which are counted
+without a forward pass.
 On 2 CPU cores it takes about 8 minutes.
 """
 
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--local", type=Path, required=True, help="folder of the benchmarks' files")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
     args = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
 
     script = load_script()
@@ -283,6 +285,10 @@ def run_all(tasks: dict[str, list[Any]], ours: Any, meter: Meter, stock: Callabl
         few = 8 if name == "mmlu" else max(2, limit // 6)
         batch = best_batch_size(stock, meter, of, BATCH_SIZES["cuda" if cuda else "cpu"], few)
         runs: dict[str, list[dict[str, Any]]] = {"harness": [], "ours": []}
+        once = measure(
+            ours, meter, of, 1, cuda
+        )  # what a run costs whatever the number of questions
+        fixed = once["seconds"] - once["forward"]
         for repeat in range(REPEATS):
             runs["harness"].append(measure(stock(batch), meter, of, limit, cuda))
             ours.chunks = (
@@ -291,6 +297,7 @@ def run_all(tasks: dict[str, list[Any]], ours: Any, meter: Meter, stock: Callabl
             runs["ours"].append(measure(ours, meter, of, limit, cuda))
         a, b = (runs[way][-1].pop("answers") for way in runs)
         results[name] = {
+            "fixed": fixed,
             "batch": batch,
             "questions": len({key for key in a}) // len({k[0] for k in a})
             if name == "truthfulqa"
@@ -327,7 +334,8 @@ def print_tables(
             )
             scale = counts[name][place] / of["tokens"]
             for key in total[way]:
-                total[way][key] += of[key] * scale
+                fixed = found["fixed"] if key == "seconds" else 0.0
+                total[way][key] += fixed + (of[key] - fixed) * scale
         ratio = {
             key: found["harness"][key] / found["ours"][key]
             for key in ("tokens", "forward", "seconds")
