@@ -92,6 +92,8 @@ GPU_PACKS = (64, 4096)  # smallest and largest on a GPU; beyond, matrix products
 ENCODED_AT_ONCE = 1024  # requests tokenised in one call
 RESAMPLES = 10_000  # of the paired bootstrap: the interval's ends repeat to about 1 % of its width
 ALPHA = 0.05  # of a test that calls a model better or worse
+MODEL_FILES = {".safetensors", ".json", ".model", ".txt", ".jinja"}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 SAME = "not distinguishable"
 NO_METRIC = {"test_id", "target", "log_likelihoods", "responses"}  # keys of a question's line
 
@@ -136,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stock", **switch, help="the harness's own forward pass, for a check (default: no)")
     add("--batch-size", type=positive, default=8, metavar="N", help="of --stock (default: 8)")
     add = parser.add_argument_group("comparison").add_argument
-    earlier = "finished folders of this script (or a model's in one); their models come first"
+    earlier = "finished folders of this script; their models come first"
     add("--compare", nargs="+", type=Path, default=[], metavar="DIR", help=earlier)
     flagged = "also score without the test questions that this folder of step 2 flags"
     add("--contamination", type=Path, metavar="DIR", help=flagged)
@@ -226,54 +228,51 @@ def harness_task(path: Path, shots: int, subject: Subject | None) -> "Configurab
 
 
 def row_fault(benchmark: str, row: Row) -> str:
-    """What the harness would stumble over in a benchmark's row, in the hub's columns; "" if none.
+    """What the harness would stumble over in a row in the hub's columns; "" if nothing.
 
     >>> row_fault("mmlu", {"question": "2+2?", "choices": ["3", "4"], "answer": 2})
     'the right answer is none of the choices'
     """
-    texts, places = [row["ctx_a" if benchmark == "hellaswag" else "question"]], [0]
-    if benchmark == "arc":
-        choices = row["choices"]["text"]
-        places = [row["choices"]["label"].index(row["answerKey"])]
-    elif benchmark == "truthfulqa":
-        choices = [*row["mc1_targets"]["choices"], *row["mc2_targets"]["choices"]]
-        if 0 not in row["mc2_targets"]["labels"] or 1 not in row["mc2_targets"]["labels"]:
-            return "mc2_targets needs a true and a false answer"
-        if row["mc1_targets"]["labels"][:1] != [1] or sum(row["mc1_targets"]["labels"]) != 1:
+    if benchmark == "truthfulqa":
+        one, several = row["mc1_targets"], row["mc2_targets"]
+        if one["labels"][:1] != [1] or sum(one["labels"]) != 1:
             return "mc1_targets needs the right answer first, and no second one"
+        if {0, 1} - {*several["labels"]}:
+            return "mc2_targets needs a true and a false answer"
+        texts, choices, right = [row["question"]], one["choices"] + several["choices"], 0
     elif benchmark == "hellaswag":
-        choices, places = row["endings"], [int(row["label"])]
-        texts += [row["activity_label"], row["ctx_b"]]
+        texts = [row["ctx_a"], row["ctx_b"], row["activity_label"]]
+        choices, right = row["endings"], int(row["label"])
+    elif benchmark == "arc":
+        texts, choices = [row["question"]], row["choices"]["text"]
+        right = row["choices"]["label"].index(row["answerKey"])
     else:
-        choices, places = row["choices"], [int(row["answer"])]
+        texts, choices, right = [row["question"]], row["choices"], int(row["answer"])
     if not all(isinstance(text, str) for text in [*texts, *choices]) or not texts[0].strip():
         return "a text is missing or empty"
-    return "" if 0 <= places[0] < len(choices) else "the right answer is none of the choices"
+    return "" if 0 <= right < len(choices) else "the right answer is none of the choices"
 
 
 def check_subject(subject: Subject) -> None:
     """Refuse a benchmark without rows, with too few examples, or with a row that cannot be used."""
-    name = f"{subject.benchmark}/{subject.subject}"
+    name, needed = f"{subject.benchmark}/{subject.subject}", SHOTS[subject.benchmark]
     if not subject.scored:
         raise UserError(f"{name} has no questions to score")
-    if len(subject.shots) < SHOTS[subject.benchmark]:
-        have = f"{len(subject.shots)} few-shot rows, {SHOTS[subject.benchmark]} needed"
-        raise UserError(f"{name}: {have}")
+    if len(subject.shots) < needed:
+        raise UserError(f"{name}: {len(subject.shots)} few-shot rows, {needed} needed")
     for kind, rows in {"few-shot": subject.shots, "scored": subject.scored}.items():
         for number, row in enumerate(rows):
             try:
                 fault = row_fault(subject.benchmark, row)
-            except KeyError as error:
-                fault = f"there is no {error}"
-            except (TypeError, ValueError, AttributeError) as error:
-                fault = first_line(error)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                fault = f"{type(error).__name__}: {first_line(error)}"
             if fault:
                 raise UserError(f"{name}: {kind} row {number} (from 0): {fault}")
 
 
 def benchmark_tasks(args: argparse.Namespace) -> dict[str, tuple[str, "ConfigurableTask"]]:
     """{task: (prefix of its questions' test ids, task)} for everything that is to be scored."""
-    import lm_eval
+    import lm_eval.tasks
 
     root = Path(lm_eval.__file__).parent / "tasks"
     tasks = {}
@@ -291,21 +290,16 @@ def benchmark_tasks(args: argparse.Namespace) -> dict[str, tuple[str, "Configura
                 tasks[task] = (f"{name}/{subject.subject}", built)
     for name in args.task:
         try:
-            built = [harness_task(Path(name), 0, None)] if Path(name).is_file() else named(name)
+            if Path(name).is_file():
+                found = [harness_task(Path(name), 0, None)]
+            else:  # a task, group or tag; the harness's index takes about 10 s to build
+                found = list(lm_eval.tasks.TaskManager().load([name])["tasks"].values())
         except Exception as error:  # a task file can be wrong in as many ways as code
             raise UserError(f"--task {name}: {type(error).__name__}: {first_line(error)}") from None
-        for task in built:
-            if task.config.task in tasks:
+        for task in found:
+            if tasks.setdefault(task.config.task, (f"{task.config.task}/all", task))[1] != task:
                 raise UserError(f"--task {name}: there are two tasks {task.config.task}")
-            tasks[task.config.task] = (f"{task.config.task}/all", task)
     return tasks
-
-
-def named(name: str) -> list["ConfigurableTask"]:
-    """The harness's tasks of a name, group or tag; its index takes about 10 s to build."""
-    from lm_eval.tasks import TaskManager
-
-    return list(TaskManager().load([name])["tasks"].values())
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -321,25 +315,16 @@ def folder_name(model: str) -> str:
 
 
 def check_models(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """{model: {file: sha256}, of a hub model {id: commit}}; refuse what cannot be loaded.
-
-    Every file is read in full, about a second a gigabyte: results are kept apart by what was
-    scored, and a merged folder must still be what its run.json lists.
-    """
-    places = [str(Path(m).resolve()) if Path(m).exists() else m for m in args.model]
-    names = [folder_name(model) for model in args.model]
-    twice = sorted(
-        {m for m, place in zip(args.model, places, strict=True) if places.count(place) > 1}
-    )
-    alike = sorted(
-        {m for m, n in zip(args.model, names, strict=True) if names.count(n) > 1 or not n}
-    )
-    mend = "give another path to one"
+    """{model: {file: sha256}, of a hub model {id: commit}}; refuse what cannot be loaded."""
+    places = {str(Path(m).resolve()) if Path(m).exists() else m for m in args.model}
+    names = {folder_name(model) for model in args.model}
+    alike = " and ".join(args.model)
     refuse(
         {
-            f"--model: {' and '.join(twice)} are one model": twice,
-            f"--model: {', '.join(alike)} would share a results folder; {mend}": alike
-            and not twice,
+            f"--model {alike}: one of them is there twice": len(places) < len(args.model),
+            f"--model {alike}: two would share a results folder; give one another path": (
+                len(names) < len(args.model) == len(places) or "" in names
+            ),
         }
     )
     adapter = check_folder("--adapter", args.adapter) if args.adapter else {}
@@ -347,7 +332,11 @@ def check_models(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 
 def check_folder(flag: str, name: str) -> dict[str, str]:
-    """{file: sha256} of a model's or adapter's folder, after a look at each; or {id: commit}."""
+    """{file: sha256} of a model's or an adapter's folder that can be read; of the hub {id: commit}.
+
+    Every file is hashed, about a second a gigabyte: results are kept apart by what was scored, and
+    a folder must still hold what its run.json lists.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     folder, adapter = Path(name), flag == "--adapter"
@@ -359,32 +348,27 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
         except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
             raise UserError(f"{flag} {hub_fault(name, error)}") from None
     check_input(folder, "name the folder that finetune.py wrote")
-    if not (folder / wanted).is_file() or not list(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / wanted).is_file() or not weights:
         raise UserError(f"{flag} {name} is no {flag[2:]}: it has no {wanted} with .safetensors")
-    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
-    files = {path: sha256_of(path) for path in sorted(folder.iterdir()) if path.suffix in kinds}
+    files = {p: sha256_of(p) for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES}
     run = folder / "run.json"
     listed = json.loads(run.read_bytes()).get("outputs", {}) if files.pop(run, None) else {}
     for path, sha256 in files.items():
         if listed.get(path.name, {"sha256": sha256})["sha256"] != sha256:
             raise UserError(f"{path} changed after {run} was written: make that folder again")
-    path = folder / wanted
-    try:
-        for path in folder.glob("*.safetensors"):
-            read_header(path)  # refuses a file that was cut short
-        path = folder / wanted
-        if not adapter:
+    for path in weights:
+        read_header(path)  # refuses a file that was cut short
+    if not adapter:
+        try:
             AutoConfig.from_pretrained(name)
-            path = folder / "its tokenizer"
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            # where files are missing, some classes make an empty tokenizer of their own
-            known = {*type(tokenizer).vocab_files_names.values(), "tokenizer.json"}
-            if not any((folder / file).is_file() for file in known):
-                raise UserError(f"{flag} {name} has no tokenizer files: copy its base's there")
-    except UserError:
-        raise
-    except Exception as error:  # as many kinds as there are readers
-        raise UserError(f"{path} is not readable: {first_line(error)}") from None
+            known = AutoTokenizer.from_pretrained(name).vocab_files_names.values()
+        except Exception as error:  # as many kinds as there are readers
+            what = f"{name}: config.json or the tokenizer is not readable"
+            raise UserError(f"{flag} {what}: {first_line(error)}") from None
+        # where files are missing, some classes make an empty tokenizer of their own
+        if not any((folder / file).is_file() for file in [*known, "tokenizer.json"]):
+            raise UserError(f"{flag} {name} has no tokenizer files: copy its base's there")
     return {str(path): sha256 for path, sha256 in files.items()}
 
 
@@ -403,30 +387,17 @@ def pick_device(args: argparse.Namespace) -> str:
 
 def load_model(model: str, files: dict[str, str], args: argparse.Namespace) -> "HFLM":
     """The harness's model with our forward pass, or without where --stock asks for that."""
-    settings = {
-        "adapter": args.adapter,
-        "dtype": args.dtype,
-        "load_in_4bit": args.load_in_4bit,
-        "stock": args.stock and args.batch_size,
-        "device": pick_device(args).partition(":")[0],
-        "packages": [metadata.version(name) for name in ("torch", "transformers", "lm_eval")],
-    }
-    about = json.dumps([settings, sorted(files.items())])
-    shown = f"--model {model}" + f" with --adapter {args.adapter}" * bool(args.adapter)
+    settings = {"peft": args.adapter, "dtype": args.dtype, "load_in_4bit": args.load_in_4bit}
+    settings |= {"stock": args.stock, "batch_size": args.batch_size if args.stock else 8}
+    packages = [metadata.version(name) for name in ("torch", "transformers", "lm_eval")]
+    device = pick_device(args)
+    about = json.dumps([settings, packages, device.split(":")[0], sorted(files.items())])
+    settings |= {"sha256": hashlib.sha256(about.encode()).hexdigest(), "device": device}
+    settings |= {"chunks": chunk_folder(args.out), "shard": (args.rank, args.world_size)}
     try:
-        lm = prefix_lm()(
-            pretrained=model,
-            peft=args.adapter,
-            device=pick_device(args),
-            dtype=args.dtype,
-            batch_size=args.batch_size,
-            load_in_4bit=args.load_in_4bit,
-            stock=args.stock,
-            chunks=chunk_folder(args.out),
-            sha256=hashlib.sha256(about.encode()).hexdigest(),
-            shard=(args.rank, args.world_size),
-        )
+        lm = prefix_lm()(pretrained=model, **settings)
     except Exception as error:  # configurations and weights go wrong in as many ways as code
+        shown = f"--model {model}" + f" with --adapter {args.adapter}" * bool(args.adapter)
         fault = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{shown} cannot be loaded: {fault}") from None
     if lm.why_stock and not args.rank:
@@ -742,6 +713,7 @@ def prefix_lm() -> type:
     """The class PrefixLM(HFLM), made here because its base takes seconds to import."""
     import torch
     from lm_eval.models.huggingface import HFLM
+    from transformers import BitsAndBytesConfig
 
     class PrefixLM(HFLM):
         """lm-evaluation-harness's Hugging Face model; likelihoods of choices by shared prefixes."""
@@ -766,7 +738,9 @@ def prefix_lm() -> type:
 
         def _create_model(self, *args: Any, **settings: Any) -> None:
             if self.four_bit:
-                settings["quantization_config"] = four_bit(settings["dtype"])
+                settings["quantization_config"] = BitsAndBytesConfig(
+                    **NF4, bnb_4bit_compute_dtype=torch.bfloat16
+                )
             super()._create_model(*args, use_safetensors=True, **settings)
 
         def trial(self) -> str:
@@ -810,20 +784,6 @@ def prefix_lm() -> type:
             return score_in_chunks(self, requests, score)
 
     return PrefixLM
-
-
-def four_bit(dtype: str) -> Any:
-    """NF4 with double quantisation, the setting of the QLoRA paper; computing in bfloat16."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -882,9 +842,14 @@ def score_benchmark(
 def to_questions(prefix: str, samples: list[Row]) -> list[Row]:
     """The harness's samples of a task, one for each filter, as one line a question."""
     questions: dict[int, Row] = {}
+    rows: set[Any] = set()
     for sample in samples:
-        row = sample["doc"].get("test_row", sample["doc_id"])
-        line = questions.setdefault(sample["doc_id"], {"test_id": f"{prefix}/{row}"})
+        number = sample["doc_id"]
+        row = sample["doc"].get("test_row", number)
+        # a row that step 2's file does not have, or has already given, is one of no other's
+        row = row if row not in {-1, *rows} or number in questions else f"{number} of the layout"
+        rows.add(row)
+        line = questions.setdefault(number, {"test_id": f"{prefix}/{row}"})
         line["target"], answers = sample["target"], sample["filtered_resps"]
         if all(isinstance(answer, tuple) for answer in answers):
             line["log_likelihoods"] = [float(answer[0]) for answer in answers]
@@ -953,7 +918,7 @@ def series(results: list[Row]) -> dict[str, dict[str, list[dict[str, float]]]]:
         for task in dict.fromkeys([benchmark, result["prefix"].removesuffix("/all")]):
             for metric in [key for key in result["questions"][0] if key not in NO_METRIC]:
                 label = result["task"][-3:] if benchmark == "truthfulqa" else metric
-                values = {q["test_id"]: q[metric] for q in result["questions"]}
+                values = {q["test_id"]: q[metric] for q in result["questions"] if metric in q}
                 found.setdefault(task, {}).setdefault(label, []).append(values)
     return found
 
@@ -1041,8 +1006,9 @@ def compare(base: list[Row], results: list[Row], task: str, flagged: set[str] | 
     differs = (low > 0 or high < 0) and (p is None or p < ALPHA)
     row["verdict"] = SAME if not differs else "better" if new > old else "worse"
     for part, side in {"unflagged": False, "flagged": True}.items():
-        chosen = mean(gains, lambda i, side=side: (i in flagged) is side) if flagged else None
-        row[f"points_{part}"] = chosen
+        known = flagged is not None
+        of = lambda i, side=side: (i in flagged) is side  # noqa: E731
+        row[f"points_{part}"] = mean(gains, of) if known else None
     flips = [{"test_id": i, "base": int(g < 0), "model": int(g > 0)} for i, g in flat.items() if g]
     return row | {"flips": flips if binary else []}
 
@@ -1243,7 +1209,7 @@ def main(argv: list[str] | None = None) -> None:
             return None
         text = write_results(args, runs, flagged)
         inputs = [*local_inputs(args), *(Path(path) for path in args.task if Path(path).is_file())]
-        finish_run(args, inputs, started, models=list(runs))
+        finish_run(args, inputs, started, models={m: r["about"] for m, r in runs.items()})
     shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
     print(f"{text}\n\nwrote {args.out}. Next: python tui.py {args.out.parent}")
 

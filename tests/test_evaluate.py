@@ -836,8 +836,8 @@ def test_bad_models_are_refused(tmp_path) -> None:
         return Path(shutil.copytree(good, tmp_path / name))
 
     both = ["--model", good, "--model"]
-    assert "one model" in refused(*both, f"{good}/../good", *flags)
-    assert "one model" in refused(*both, good, *flags)
+    assert "there twice" in refused(*both, f"{good}/../good", *flags)
+    assert "there twice" in refused(*both, good, *flags)
     (tmp_path / "x/a").mkdir(parents=True)
     shutil.copytree(good, tmp_path / "x/a/b")
     shutil.copytree(good, tmp_path / "x/a__b")
