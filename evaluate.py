@@ -636,23 +636,25 @@ def sort_key(request: Request) -> tuple[bytes, bytes]:
     return request.ids.astype(">i4").tobytes(), request.answer.astype(">i4").tobytes()
 
 
-def score_in_chunks(
-    lm: "HFLM", raw: list[tuple[Any, Any, Any]], score: Callable[..., list[tuple[float, bool]]]
-) -> list[tuple[float, bool]]:
-    """Answers of raw requests, from score(numbers, sorted requests, advance) of every chunk.
+def make_requests(lm: "HFLM", raw: list[tuple[Any, Any, Any]]) -> list[Request]:
+    """The requests of (pair, context ids, answer ids); what had to be cut goes to lm.truncated."""
+    for number, (_, context, answer) in enumerate(raw):
+        task, question = lm.place(number)
+        if not 0 < len(answer) <= lm.max_length:
+            raise UserError(f"{task}, question {question}: an answer of {len(answer)} tokens")
+        if len(context) + len(answer) > lm.max_length + 1:
+            lm.truncated.add((task, question))
+    return [to_request(context, answer, lm.max_length) for _, context, answer in raw]
+
+
+def score_in_chunks(lm: "HFLM", raw: list[tuple[Any, Any, Any]]) -> list[tuple[float, bool]]:
+    """(log-likelihood, whether greedy decoding gives the answer) of raw requests, in their order.
 
     A chunk's file is named by all that decides its numbers: weights, settings, token ids. So any
     later run can go on from it, and none of another model will. Process `rank` of `world` scores
     every world-th chunk; the first one waits for the others' files, and they get zeros.
     """
-    requests = []
-    for number, (_, context, answer) in enumerate(raw):
-        if not 0 < len(answer) <= lm.max_length:
-            task, question = lm.place(number)
-            raise UserError(f"{task}, question {question}: an answer of {len(answer)} tokens")
-        if len(context) + len(answer) > lm.max_length + 1:
-            lm.truncated.add(lm.place(number))
-        requests.append(to_request(context, answer, lm.max_length))
+    requests = make_requests(lm, raw)
     keys = [sort_key(request) for request in requests]
     order = sorted(range(len(raw)), key=keys.__getitem__)
     chunks = {}
@@ -665,13 +667,17 @@ def score_in_chunks(
     todo = [path for path in [*chunks][rank::world] if not path.exists()]
     with progress(lm, raw, sum(chunks[path][1] for path in todo)) as advance:
         for path in todo:
-            numbers, _ = chunks[path]
-            found = score(numbers, [requests[number] for number in numbers], advance)
+            numbers, nodes = chunks[path]
+            if lm.why_stock:
+                found = stock_scores(lm, [raw[number] for number in numbers])
+                advance(nodes)
+            else:
+                found = lm.scorer([requests[number] for number in numbers], advance)
             for number, (value, _) in zip(numbers, found, strict=True):
                 if not math.isfinite(value):
-                    task, question = lm.place(number)
+                    where = "{}, question {}".format(*lm.place(number))
                     what = f"a log-likelihood of {value}: its weights or --dtype are at fault"
-                    raise UserError(f"{lm.pretrained}: {task}, question {question}: {what}")
+                    raise UserError(f"{lm.pretrained}: {where}: {what}")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps(found) + "\n")
     answers = [(0.0, False)] * len(raw)
@@ -681,6 +687,28 @@ def score_in_chunks(
         for number, answer in zip(numbers, json.loads(path.read_bytes()), strict=True):
             answers[number] = tuple(answer)
     return answers
+
+
+def stock_scores(lm: "HFLM", raw: list[tuple[Any, Any, Any]]) -> list[tuple[float, bool]]:
+    """The harness's own forward pass: each request from its beginning, in padded batches."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM._loglikelihood_tokens(lm, raw, disable_tqdm=True)
+
+
+def trial(lm: "HFLM") -> str:
+    """Why the two ways differ on a few branching requests; "" where they do not."""
+    import torch
+
+    asked = [(None, [5, 6, 7, 8], [9, 5]), (None, [5, 6, 7, 8], [6]), (None, [5], [7, 7, 8])]
+    try:
+        ours = lm.scorer(sorted((to_request(*ids, 64) for _, *ids in asked), key=sort_key))
+    except Exception as error:  # an argument that it takes and then does not serve
+        return f"it does not serve shared prefixes ({first_line(error)})"
+    pairs = zip(sorted(ours), sorted(stock_scores(lm, asked)), strict=True)
+    off = max(abs(a[0] - b[0]) for a, b in pairs)
+    exact = lm.model.get_input_embeddings().weight.dtype == torch.float32 and not lm.four_bit
+    return f"its results differ by {off:.2g}" if off > (1e-3 if exact else 0.5) else ""
 
 
 @contextmanager
@@ -696,6 +724,7 @@ def progress(lm: "HFLM", raw: list[Any], nodes: int) -> Iterator[Callable[[int],
         task = bar.add_task(lm.label, total=nodes)
 
         def advance(tokens: int) -> None:
+            """Count them, and show it."""
             nonlocal done, printed
             done, now = done + tokens, time.monotonic()
             rate = done / max(now - began, 1e-9)
@@ -719,69 +748,38 @@ def prefix_lm() -> type:
         """lm-evaluation-harness's Hugging Face model; likelihoods of choices by shared prefixes."""
 
         def __init__(
-            self,
-            *,
-            chunks: Path,
-            sha256: str = "",
-            shard: tuple[int, int] = (0, 1),
-            stock: bool = False,
-            load_in_4bit: bool = False,
-            **settings: Any,
+            self, chunks: Path, sha256: str = "", shard: tuple[int, int] = (0, 1), **more: Any
         ) -> None:
+            stock, self.four_bit = more.pop("stock", False), more.pop("load_in_4bit", False)
             self.chunks, self.sha256, self.shard = chunks, sha256, shard
-            self.four_bit = load_in_4bit
             self.label, self.asked, self.truncated = "", [], set()
             # the cache errs where one text is split in two ways; a bfloat16 softmax moves scores
-            super().__init__(logits_cache=False, softmax_dtype="float32", **settings)
+            super().__init__(logits_cache=False, softmax_dtype="float32", **more)
             self.scorer = PrefixScorer(self.model, pack_size(self.model))
-            self.why_stock = "--stock" if stock else why_stock(self) or self.trial()
+            self.why_stock = "--stock" if stock else why_stock(self) or trial(self)
 
-        def _create_model(self, *args: Any, **settings: Any) -> None:
+        def _create_model(self, *args: Any, **more: Any) -> None:
             if self.four_bit:
-                settings["quantization_config"] = BitsAndBytesConfig(
-                    **NF4, bnb_4bit_compute_dtype=torch.bfloat16
-                )
-            super()._create_model(*args, use_safetensors=True, **settings)
-
-        def trial(self) -> str:
-            """Why the two ways differ on a few branching requests; "" where they do not."""
-            asked = [
-                (None, [5, 6, 7, 8], [9, 5]),
-                (None, [5, 6, 7, 8], [6]),
-                (None, [5], [7, 7, 8]),
-            ]
-            theirs = super()._loglikelihood_tokens(asked, disable_tqdm=True)
-            try:
-                ours = self.scorer(sorted((to_request(*r[1:], 64) for r in asked), key=sort_key))
-            except Exception as error:  # an argument that it takes and then does not serve
-                return f"it does not serve shared prefixes ({first_line(error)})"
-            off = max(abs(a[0] - b[0]) for a, b in zip(sorted(ours), sorted(theirs), strict=True))
-            exact = self.model.get_input_embeddings().weight.dtype == torch.float32
-            return "" if off < (1e-3 if exact else 0.5) else f"its results differ by {off:.2g}"
+                nf4 = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
+                more["quantization_config"] = nf4
+            super()._create_model(*args, use_safetensors=True, **more)
 
         def place(self, number: int) -> tuple[str, int]:
             """(task, number of the question) that a request belongs to."""
-            if len(self.asked) <= number:
+            if number >= len(self.asked):
                 return f"request {number}", -1
             return self.asked[number].task_name, self.asked[number].doc_id
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            """(log-likelihood, is greedy) of the harness's requests."""
             self.asked, self.truncated = requests, set()
             if self.why_stock:
                 return super().loglikelihood(requests, disable_tqdm=True)
-            raw = [*encode_pairs(self, [request.args for request in requests])]
-            return self._loglikelihood_tokens(raw)
+            pairs = [request.args for request in requests]
+            return self._loglikelihood_tokens([*encode_pairs(self, pairs)])
 
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[Any]:
-            def score(numbers: list[int], chunk: list[Request], advance: Any) -> list[Any]:
-                if not self.why_stock:
-                    return self.scorer(chunk, advance)
-                raw = [requests[number] for number in numbers]
-                found = super(PrefixLM, self)._loglikelihood_tokens(raw, disable_tqdm=True)
-                advance(sum(len(request.ids) for request in chunk))
-                return found
-
-            return score_in_chunks(self, requests, score)
+            return score_in_chunks(self, requests)
 
     return PrefixLM
 
@@ -1007,8 +1005,9 @@ def compare(base: list[Row], results: list[Row], task: str, flagged: set[str] | 
     row["verdict"] = SAME if not differs else "better" if new > old else "worse"
     for part, side in {"unflagged": False, "flagged": True}.items():
         known = flagged is not None
-        of = lambda i, side=side: (i in flagged) is side  # noqa: E731
-        row[f"points_{part}"] = mean(gains, of) if known else None
+        row[f"points_{part}"] = (
+            mean(gains, lambda i, side=side: (i in flagged) is side) if known else None
+        )
     flips = [{"test_id": i, "base": int(g < 0), "model": int(g > 0)} for i, g in flat.items() if g]
     return row | {"flips": flips if binary else []}
 
@@ -1022,6 +1021,24 @@ def check_same_questions(runs: dict[str, Row]) -> None:
             why = "another --limit, --seed, set of tasks, few-shot rows or version"
             what = f"{next(iter(runs))} and {model} were not asked the same in {other} ({why})"
             raise UserError(f"{what}: score both with one command")
+
+
+def describe_tasks(runs: dict[str, Row], flagged: set[str] | None) -> dict[str, Row]:
+    """{task: {"metric", "questions", "flagged", "partial", "truncated"}} of results.json."""
+    base, tasks = next(iter(runs.values()))["results"], {}
+    for task, metrics in series(base).items():
+        metric = headline(task, metrics)
+        ids = {test_id for group in metrics[metric] for test_id in group}
+        few = task == "mmlu" and len(metrics[metric]) < MMLU_SUBJECTS
+        about = {"metric": metric, "questions": len(ids), "truncated": {}}
+        about["flagged"] = None if flagged is None else len(ids & flagged)
+        about["partial"] = few or any(result["limit"] for result in base)
+        for model, run in runs.items():  # once for a prefix: mc1 and mc2 are asked the same
+            cut = {f"{r['prefix']}/": r["truncated"] for r in run["results"]}
+            cut = [count for prefix, count in cut.items() if prefix.startswith(f"{task}/")]
+            about["truncated"][model] = sum(cut)
+        tasks[task] = about
+    return tasks
 
 
 def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[str] | None) -> str:
@@ -1047,19 +1064,8 @@ def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[s
     """
     check_same_questions(runs)
     (first, base), *others = runs.items()
-    tasks: dict[str, Row] = {}
-    for task, metrics in series(base["results"]).items():
-        metric = headline(task, metrics)
-        ids = {test_id for group in metrics[metric] for test_id in group}
-        tasks[task] = {"metric": metric, "questions": len(ids), "truncated": {}}
-        tasks[task]["flagged"] = None if flagged is None else len(ids & flagged)
-        few = task == "mmlu" and len(metrics[metric]) < MMLU_SUBJECTS
-        tasks[task]["partial"] = few or any(result["limit"] for result in base["results"])
-        for model, run in runs.items():
-            cut = {r["prefix"]: r["truncated"] for r in run["results"]}
-            cut = [n for prefix, n in cut.items() if f"{prefix}/".startswith(f"{task}/")]
-            tasks[task]["truncated"][model] = sum(cut)
-    found: dict[str, Any] = {"models": {m: run["about"] for m, run in runs.items()}, "tasks": tasks}
+    found: dict[str, Any] = {"models": {model: run["about"] for model, run in runs.items()}}
+    found["tasks"] = describe_tasks(runs, flagged)
     parts: dict[str, Any] = {"all": None}
     if flagged is not None:
         parts |= {"unflagged": lambda i: i not in flagged, "flagged": lambda i: i in flagged}
@@ -1069,7 +1075,7 @@ def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[s
     found["comparisons"] = [
         {"model": m, "base": first, **compare(base["results"], run["results"], task, flagged)}
         for m, run in others
-        for task in tasks
+        for task in found["tasks"]
     ]
     text = tables(found, args.paper)
     write_file(args.out / "results.json", json.dumps(found, indent=1) + "\n")
