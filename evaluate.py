@@ -1001,7 +1001,7 @@ def compare(base: list[Row], results: list[Row], task: str, flagged: set[str] | 
     row = {"task": task, "metric": metric, "questions": len(flat), "base_score": old, "score": new}
     row |= {"points": new - old, "percent": 100 * (new - old) / old if old >= TINY else None}
     row |= {"interval": [low, high], "gained": gained, "lost": lost, "p": p}
-    differs = (low > 0 or high < 0) and (p is None or p < ALPHA)
+    differs = (low > 0 or high < 0) and (p is None or p < ALPHA) and abs(new - old) >= TINY
     row["verdict"] = SAME if not differs else "better" if new > old else "worse"
     for part, side in {"unflagged": False, "flagged": True}.items():
         known = flagged is not None
@@ -1089,32 +1089,31 @@ def tables(found: dict[str, Any], paper: bool) -> str:
     names = [Path(model).name for model in found["models"]]
     names = names if len({*names}) == len(names) else [*found["models"]]
     base, *others = names
-    text = ""
-    for part, what in {
-        "all": "",
-        "unflagged": " (difference to all)",
-        "flagged": " (the same)",
-    }.items():
-        if f"{part} questions" in found:
-            table = markdown_table(["task", "metric", "questions", *names], score_rows(found, part))
-            text += f"Scores in percent, {part} questions{what}:\n\n{table}\n\n"
     theirs: dict[str, Row] = {}
     if paper:
         with PAPER.open(newline="", encoding="utf-8") as file:
             theirs = {row.pop("task"): row for row in csv.DictReader(file)}
+    parts = []
+    for part in [p for p in ("all", "unflagged", "flagged") if f"{p} questions" in found]:
+        beside = "" if part == "all" else " (and less those of all)"
+        parts.append(f"Scores in percent, {part} questions{beside}:")
+        columns = ["task", "metric", "questions", *names]
+        parts.append(markdown_table(columns, score_rows(found, part)))
     for number, subjects in {5: False, 7: True}.items() if others or paper else ():
-        headers = ["task", *others, *theirs.get("arc", {})]
+        title = f"Change over {base} in percent, the paper's Table {number}; (=): {SAME}:"
         if rows := change_rows(found, theirs, subjects):
-            text += f"Change over {base} in percent, the paper's Table {number}; (=): {SAME}:\n\n"
-            text += markdown_table(headers, rows) + "\n\n"
+            columns = ["task", *others, *theirs.get("arc", {})]
+            parts += [title, markdown_table(columns, rows)]
     if others:
-        headers = ["task", "model", "points", "95 % interval", "gained", "lost", "p"]
-        headers += ["points, unflagged", "points, flagged", "verdict"]
-        text += f"Against {base} on the same questions; of 20 such tests 1 differs by chance:\n\n"
-        text += markdown_table(
-            headers, test_rows(found, dict(zip(found["models"], names, strict=True)))
-        )
-    return text.strip()
+        what = "on the same questions; 1 such test of 20 differs by chance"
+        parts.append(f"Against {base} {what}; flipped questions are in results.json:")
+        columns = ["task", "model", "points", "95 % interval", "gained", "lost", "p"]
+        columns += ["points, unflagged", "points, flagged", "verdict"]
+        parts.append(markdown_table(columns, paired_rows(found)))
+    cut = {task: max(about["truncated"].values()) for task, about in found["tasks"].items()}
+    shown = ", ".join(f"{task} {count:,}" for task, count in cut.items() if count)
+    parts += [f"Questions whose context was cut from the left to fit: {shown}"] * bool(shown)
+    return "\n\n".join(parts)
 
 
 def score_rows(found: dict[str, Any], part: str) -> list[list[Any]]:
@@ -1122,16 +1121,15 @@ def score_rows(found: dict[str, Any], part: str) -> list[list[Any]]:
     rows = []
     for task, about in found["tasks"].items():
         scores = [of.get(task, {}) for of in found[f"{part} questions"].values()]
-        whole = [of[task] for of in found["all questions"].values()]
         metrics = [m for m in scores[0] if m not in ("questions", "tasks")] * ("/" not in task)
         for metric in sorted(metrics, key=lambda m: m != about["metric"]):
             cells = [f"{score[metric]:.2f}" for score in scores]
             if part != "all":
-                less = [a[metric] - b[metric] for a, b in zip(scores, whole, strict=True)]
+                whole = [of[task][metric] for of in found["all questions"].values()]
+                less = [score[metric] - w for score, w in zip(scores, whole, strict=True)]
                 cells = [f"{cell} ({x:+.2f})" for cell, x in zip(cells, less, strict=True)]
-            rows.append(
-                [task + " (partial)" * about["partial"], metric, scores[0]["questions"], *cells]
-            )
+            name = task + " (partial)" * about["partial"]
+            rows.append([name, metric, scores[0]["questions"], *cells])
     return rows
 
 
@@ -1139,34 +1137,32 @@ def change_rows(found: dict[str, Any], theirs: dict[str, Row], subjects: bool) -
     """[task, change of each model, the paper's], of benchmarks and tasks or of MMLU's subjects."""
     compared = {(row["task"], row["model"]): row for row in found["comparisons"]}
     rows, nothing = [], dict.fromkeys(theirs.get("arc", ()), "-")
-    for task in dict.fromkeys([*found["tasks"], *theirs]):
+    for task in [t for t in {**found["tasks"], **theirs} if ("/" in t) is subjects]:
         cells = []
         for model in list(found["models"])[1:]:
             row = compared.get((task, model), {"percent": None})
             same = " (=)" * (row.get("verdict") == SAME)
             cells.append("-" if row["percent"] is None else f"{row['percent']:+.2f}{same}")
-        if ("/" in task) is subjects:
-            rows.append([task.removeprefix("mmlu/"), *cells, *theirs.get(task, nothing).values()])
+        rows.append([task.removeprefix("mmlu/"), *cells, *theirs.get(task, nothing).values()])
     return rows
 
 
-def test_rows(found: dict[str, Any], names: dict[str, str]) -> list[list[Any]]:
+def paired_rows(found: dict[str, Any]) -> list[list[Any]]:
     """The paired test of every benchmark and task; those of subjects are in results.json."""
     rows = []
     for row in [row for row in found["comparisons"] if "/" not in row["task"]]:
-        show = [
-            "-" if row[f"points_{p}"] is None else f"{row[f'points_{p}']:+.2f}"
-            for p in ("unflagged", "flagged")
-        ]
+        parts = [row["points_unflagged"], row["points_flagged"]]
+        parts = ["-" if points is None else f"{points:+.2f}" for points in parts]
         interval = "{:+.2f} to {:+.2f}".format(*row["interval"])
         p = "-" if row["p"] is None else f"{row['p']:.2g}"
-        first = [row["task"], names[row["model"]], f"{row['points']:+.2f}", interval]
-        rows.append([*first, row["gained"], row["lost"], p, *show, row["verdict"]])
+        first = [row["task"], Path(row["model"]).name, f"{row['points']:+.2f}", interval]
+        rows.append([*first, row["gained"], row["lost"], p, *parts, row["verdict"]])
     return rows
 
 
 def draw_change(found: dict[str, Any], path: Path) -> None:
     """An SVG of each model's change over the base: by MMLU subject, or by task without MMLU."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     rows = [row for row in found["comparisons"] if row["percent"] is not None]
@@ -1184,9 +1180,11 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
         axes.barh(tasks, [row["percent"] for row in bars], color=used)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.tick_params(axis="y", labelsize=7)
+        axes.margins(y=0.01)
         axes.set_xlabel(f"change over {Path(rows[0]['base']).name} in percent")
         axes.set_title(f"{Path(model).name} (grey: {SAME})", fontsize=9)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "change"}):  # text; the same bytes
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def main(argv: list[str] | None = None) -> None:
