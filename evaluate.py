@@ -33,7 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -159,11 +159,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def read_run(folder: Path) -> Row:
+    """The run.json of a folder; empty where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        run = json.loads((folder / "run.json").read_bytes())
+        return run if isinstance(run, dict) else {}
+    return {}
+
+
 def merged_and_base() -> list[str]:
     """[base, out/merged]: what is scored when no model is named."""
     merged = check_input(Path("out/merged"), "merge one with python merge.py, or give --model")
-    run = check_input(merged / "run.json", "out/merged is not merge.py's; give --model")
-    return [json.loads(run.read_text(encoding="utf-8"))["base_model"], str(merged)]
+    base = read_run(merged).get("base_model")
+    if not isinstance(base, str):
+        raise UserError("out/merged has no run.json of merge.py's: give --model")
+    return [base, str(merged)]
 
 
 def nothing_to_resume(args: argparse.Namespace) -> bool:
@@ -352,11 +362,11 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
     if not (folder / wanted).is_file() or not weights:
         raise UserError(f"{flag} {name} is no {flag[2:]}: it has no {wanted} with .safetensors")
     files = {p: sha256_of(p) for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES}
-    run = folder / "run.json"
-    listed = json.loads(run.read_bytes()).get("outputs", {}) if files.pop(run, None) else {}
+    files.pop(folder / "run.json", None)
+    listed = read_run(folder).get("outputs", {})
     for path, sha256 in files.items():
         if listed.get(path.name, {"sha256": sha256})["sha256"] != sha256:
-            raise UserError(f"{path} changed after {run} was written: make that folder again")
+            raise UserError(f"{path} changed after its folder's run.json: make the folder again")
     for path in weights:
         read_header(path)  # refuses a file that was cut short
     if not adapter:
@@ -872,8 +882,7 @@ def flagged_questions(folder: Path | None) -> set[str] | None:
 
 def warn_unchecked(folder: Path, flagged: set[str], tasks: dict[str, tuple[str, Any]]) -> None:
     """Say which scored benchmarks step 2 did not look at: nothing of theirs can be flagged."""
-    run = folder / "run.json"
-    counts = json.loads(run.read_bytes()).get("counts", {}) if run.is_file() else {}
+    counts = read_run(folder).get("counts", {})
     seen = {name.split("/")[0] for name in [*counts.get("test_questions", []), *flagged]}
     missing = {prefix.split("/")[0] for prefix, _ in tasks.values()} - seen
     if missing:

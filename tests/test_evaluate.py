@@ -381,8 +381,8 @@ def test_scores_equal_the_harness_on_the_demo(tmp_path) -> None:
     """A whole run of the script against lm_eval alone, on all four benchmarks."""
     out, local = tmp_path / "eval", ROOT / "demo/data"
     subjects = [p.name.removesuffix("_test.csv") for p in (local / "mmlu/test").iterdir()]
-    run("--model", BASE, "--local", local, "--dtype", "float32", "--limit", 6, "--out", out)
-    theirs = harness_scores(BASE, local, subjects, 6)
+    run("--model", BASE, "--local", local, "--dtype", "float32", "--limit", 3, "--out", out)
+    theirs = harness_scores(BASE, local, subjects, 3)
     assert len(theirs) == 4 + len(subjects)
     assert_equal_scores(out, BASE, theirs)
     assert "(partial)" in (out / "results.md").read_text()
@@ -868,6 +868,8 @@ def test_bad_models_are_refused(tmp_path) -> None:
     listed = {"model.safetensors": {"sha256": "0" * 64}}
     (folder / "run.json").write_text(json.dumps({"step": "merge", "outputs": listed}))
     assert "changed after" in refused("--model", folder, *flags)
+    (folder / "run.json").write_text("{")  # edited by hand: it says nothing
+    evaluate.check_folder("--model", str(folder))
     (folder / ".unfinished").write_text("python merge.py")
     assert "unfinished" in refused("--model", folder, *flags)
     assert not out.exists()
