@@ -16,6 +16,7 @@ On 2 CPU cores it takes about 8 minutes.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -40,6 +41,7 @@ SUBJECTS = ("college_chemistry", "machine_learning", "astronomy", "professional_
 FULL = {"arc": 1172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
 GPU_FACTOR = 20  # the sample on a GPU is this many times larger
 REPEATS = 3
+SHOWN = ("tokens", "forward", "seconds", "megabytes")
 BATCH_SIZES = {"cpu": (1, 2, 4, 8), "cuda": (4, 8, 16, 32, 64)}
 
 
@@ -73,10 +75,16 @@ def make_model(size: str, vocabulary: int, device: str) -> Any:
 
     hidden, inner, layers, heads, _, dtype = SIZES[size]
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=4096, tie_word_embeddings=size == "small",
-        bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=size == "small",
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -108,7 +116,7 @@ class Meter:
 
 
 class Peak:
-    """The most memory used within a block, in MB: of the GPU, or of this process above its start."""
+    """The most memory used in a block, in MB: of the GPU, or of this process above its start."""
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
@@ -157,7 +165,7 @@ def requests_of(tasks: list[Any], limit: int | None) -> list[Any]:
 
 
 def count_tokens(script: Any, lm: Any, instances: list[Any]) -> tuple[int, int]:
-    """(tokens that the harness forwards with its cache on, nodes of the trie), without forwarding."""
+    """(tokens that the harness forwards with its cache on, nodes of the trie); no forward pass."""
     pairs = [instance.args for instance in instances]
     raw = script.encode_pairs(lm, pairs)
     requests = [script.to_request(context, answer, lm.max_length) for _, context, answer in raw]
@@ -197,7 +205,7 @@ def full_suite(script: Any, lm: Any, tasks: dict[str, list[Any]]) -> dict[str, t
 def measure(
     lm: Any, meter: Meter, tasks: list[Any], limit: int | None, cuda: bool
 ) -> dict[str, Any]:
-    """One run of simple_evaluate: seconds in all and in the forward pass, tokens, memory, answers."""
+    """One run of simple_evaluate: seconds, of them in the forward pass, tokens, memory, answers."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -233,11 +241,71 @@ def best_batch_size(
     return min(seconds, key=seconds.get)
 
 
+def measure_all(
+    tasks: dict[str, list[Any]], ours: Any, stock: Callable[[int], Any], meter: Meter
+) -> dict[str, dict[str, Any]]:
+    """{benchmark: {"harness", "ours": medians; "batch", "questions", "fixed", "difference"}}."""
+    cuda = ours.model.device.type == "cuda"
+    scratch, results = ours.chunks, {}
+    for name, of in tasks.items():
+        limit = None if name == "mmlu" else QUESTIONS[name] * (GPU_FACTOR if cuda else 1)
+        few = 8 if limit is None else max(2, limit // 6)
+        sizes = BATCH_SIZES["cuda" if cuda else "cpu"]
+        found: dict[str, Any] = {"batch": best_batch_size(stock, meter, of, sizes, few)}
+        once = measure(ours, meter, of, 1, cuda)  # what a run costs, however few the questions
+        found["fixed"] = once["seconds"] - once["forward"]
+        runs: dict[str, list[dict[str, Any]]] = {"harness": [], "ours": []}
+        for repeat in range(REPEATS):
+            ours.chunks = scratch / f"{name}{repeat}"  # a new folder: it can take nothing from it
+            runs["harness"].append(measure(stock(found["batch"]), meter, of, limit, cuda))
+            runs["ours"].append(measure(ours, meter, of, limit, cuda))
+        theirs, mine = (runs[way][-1]["answers"] for way in runs)
+        found["questions"] = len({key[1] for key in theirs} if len(of) > 1 else theirs)
+        pairs = [zip(theirs[key], mine[key], strict=True) for key in theirs]
+        found["difference"] = max(abs(x - y) for pair in pairs for x, y in pair)
+        for way, several in runs.items():
+            found[way] = {key: statistics.median(run[key] for run in several) for key in SHOWN}
+        results[name] = found
+        print(f"measured {name}", file=sys.stderr, flush=True)
+    return results
+
+
+def print_row(name: str, questions: Any, way: str, of: dict[str, float], memory: str = "") -> None:
+    """One line of the table."""
+    many = of["tokens"] >= 1000  # else it is a ratio
+    tokens = f"{of['tokens']:,.0f}" if many else f"{of['tokens']:.2f}"
+    seconds = f"{of['forward']:,.2f} | {of['seconds']:,.2f}"
+    print(f"| {name} | {questions} | {way} | {tokens} | {seconds} | {memory} |")
+
+
+def print_table(results: dict[str, dict[str, Any]], counts: dict[str, tuple[float, float]]) -> None:
+    """The sample, and the full suite: each way's seconds scaled by its own tokens."""
+    print("| benchmark | questions | | tokens | forward s | end to end s | peak MB |")
+    print("|:--|--:|:--|--:|--:|--:|--:|")
+    total = {way: dict.fromkeys(SHOWN[:3], 0.0) for way in ("harness", "ours")}
+    for name, found in results.items():
+        for place, way in enumerate(total):
+            of = found[way]
+            label = f"harness, batch {found['batch']}" if way == "harness" else "ours"
+            print_row(name, found["questions"], label, of, f"{of['megabytes']:,.0f}")
+            scale = counts[name][place] / of["tokens"]
+            for key in total[way]:
+                fixed = found["fixed"] if key == "seconds" else 0.0
+                total[way][key] += fixed + (of[key] - fixed) * scale
+        ratio = {key: found["harness"][key] / found["ours"][key] for key in SHOWN[:3]}
+        print_row(name, "", "**ratio**", ratio)
+    for way, of in total.items():
+        print_row("full suite", f"{sum(FULL.values()):,}", f"{way}, scaled", of)
+    ratio = {key: total["harness"][key] / total["ours"][key] for key in SHOWN[:3]}
+    print_row("full suite", "", "**ratio**", ratio)
+    worst = max(found["difference"] for found in results.values())
+    print(f"\nlargest difference of a log-likelihood: {worst:.1e}")
+
+
 def main() -> None:
-    """Measure, then print the tables that README.md shows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    """Measure, then print the table that README.md shows."""
+    shape = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--local", type=Path, required=True, help="folder of the benchmarks' files")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
     args = parser.parse_args()
@@ -248,9 +316,8 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cuda, factor = device == "cuda", GPU_FACTOR if device == "cuda" else 1
     began = time.perf_counter()
-    subjects = SUBJECTS if cuda else SUBJECTS[: QUESTIONS["mmlu"]]
+    subjects = SUBJECTS if device == "cuda" else SUBJECTS[: QUESTIONS["mmlu"]]
     tasks = {name: build_tasks(script, name, args.local, subjects) for name in FULL}
     everything = {**tasks, "mmlu": build_tasks(script, "mmlu", args.local)}
     set_up = time.perf_counter() - began
@@ -259,100 +326,18 @@ def main() -> None:
     began = time.perf_counter()
     model = make_model(args.size, SIZES[args.size][4], device)
     load = time.perf_counter() - began
-    meter = Meter(model)
     common = {"pretrained": model, "tokenizer": tokenizer}
-    scratch = Path(tempfile.mkdtemp())
-    ours = script.prefix_lm()(chunks=scratch, **common)
+    ours = script.prefix_lm()(chunks=Path(tempfile.mkdtemp()), **common)
     assert not ours.why_stock, ours.why_stock
-    counts = full_suite(script, ours, everything)
-    parameters = sum(p.numel() for p in model.parameters())
-    head = model.get_output_embeddings().weight.numel() / parameters
-    print(f"{parameters / 1e6:,.1f} M parameters ({head:.0%} in the head), {model.dtype}, {device}, "
-          f"{torch.get_num_threads()} threads; pack of {ours.scorer.pack} tokens")  # fmt: skip
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    head = model.get_output_embeddings().weight.numel() / 1e6 / millions
+    print(f"{millions:,.1f} M parameters ({head:.0%} in the head), {model.dtype}, {device}, "
+          f"{torch.get_num_threads()} threads; packs of {ours.scorer.pack} tokens")  # fmt: skip
     print(f"task set-up {set_up:.1f} s, model {load:.1f} s: not in the figures below\n", flush=True)
-    results = run_all(
-        tasks, ours, meter, lambda b: HFLM(batch_size=b, **common), factor, cuda, scratch
-    )
-    print_tables(results, counts)
-
-
-def run_all(tasks: dict[str, list[Any]], ours: Any, meter: Meter, stock: Callable[[int], Any], factor: int,
-            cuda: bool, scratch: Path) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """{benchmark: {"questions", "batch", "harness": medians, "ours": medians, "difference"}}."""
-    results = {}
-    for name, of in tasks.items():
-        limit = None if name == "mmlu" else QUESTIONS[name] * factor
-        few = 8 if name == "mmlu" else max(2, limit // 6)
-        batch = best_batch_size(stock, meter, of, BATCH_SIZES["cuda" if cuda else "cpu"], few)
-        runs: dict[str, list[dict[str, Any]]] = {"harness": [], "ours": []}
-        once = measure(
-            ours, meter, of, 1, cuda
-        )  # what a run costs whatever the number of questions
-        fixed = once["seconds"] - once["forward"]
-        for repeat in range(REPEATS):
-            runs["harness"].append(measure(stock(batch), meter, of, limit, cuda))
-            ours.chunks = (
-                scratch / f"{name}{repeat}"
-            )  # an empty folder: nothing is taken from there
-            runs["ours"].append(measure(ours, meter, of, limit, cuda))
-        a, b = (runs[way][-1].pop("answers") for way in runs)
-        results[name] = {
-            "fixed": fixed,
-            "batch": batch,
-            "questions": len({key for key in a}) // len({k[0] for k in a})
-            if name == "truthfulqa"
-            else len(a),
-        }
-        results[name]["difference"] = max(
-            abs(x - y) for key in a for x, y in zip(a[key], b[key], strict=True)
-        )
-        for way, found in runs.items():
-            middle = {
-                key: statistics.median(run[key] for run in found)
-                for key in ("seconds", "forward", "tokens", "megabytes")
-            }
-            results[name][way] = middle
-        print(f"measured {name}", file=sys.stderr, flush=True)
-    return results
-
-
-def print_tables(
-    results: dict[str, dict[str, Any]], counts: dict[str, tuple[float, float]]
-) -> None:
-    """The sample, and the full suite: each way's seconds scaled by its own tokens."""
-    print("| benchmark | questions | | tokens | forward s | end to end s | peak MB |")
-    print("|:--|--:|:--|--:|--:|--:|--:|")
-    total = {
-        way: dict.fromkeys(("tokens", "forward", "seconds"), 0.0) for way in ("harness", "ours")
-    }
-    for name, found in results.items():
-        for place, way in enumerate(total):
-            of = found[way]
-            label = f"harness, batch {found['batch']}" if way == "harness" else "ours"
-            print(
-                f"| {name} | {found['questions']} | {label} | {of['tokens']:,.0f} | {of['forward']:.2f} | {of['seconds']:.2f} | {of['megabytes']:,.0f} |"
-            )
-            scale = counts[name][place] / of["tokens"]
-            for key in total[way]:
-                fixed = found["fixed"] if key == "seconds" else 0.0
-                total[way][key] += fixed + (of[key] - fixed) * scale
-        ratio = {
-            key: found["harness"][key] / found["ours"][key]
-            for key in ("tokens", "forward", "seconds")
-        }
-        print(
-            f"| {name} | | **ratio** | {ratio['tokens']:.2f} | {ratio['forward']:.2f} | {ratio['seconds']:.2f} | |"
-        )
-    for way, of in total.items():
-        print(
-            f"| full suite | {sum(FULL.values()):,} | {way}, scaled | {of['tokens'] / 1e6:.1f} M | {of['forward']:,.0f} | {of['seconds']:,.0f} | |"
-        )
-    ratio = {key: total["harness"][key] / total["ours"][key] for key in total["ours"]}
-    print(
-        f"| full suite | | **ratio** | {ratio['tokens']:.2f} | {ratio['forward']:.2f} | {ratio['seconds']:.2f} | |"
-    )
-    worst = max(found["difference"] for found in results.values())
-    print(f"\nlargest difference of a log-likelihood: {worst:.1e}")
+    counts = full_suite(script, ours, everything)
+    stock = functools.partial(HFLM, **common)
+    results = measure_all(tasks, ours, lambda size: stock(batch_size=size), Meter(model))
+    print_table(results, counts)
 
 
 if __name__ == "__main__":
