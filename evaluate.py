@@ -843,7 +843,10 @@ def score_benchmark(
         row["prompts_sha256"] = hashlib.sha256(prompts.encode()).hexdigest()
         row["truncated"] = sum(task == name for task, _ in lm.truncated)
         row["harness"] = {k: v for k, v in result["results"][name].items() if type(v) is float}
-        rows.append(row | {"questions": to_questions(prefix, samples)})
+        questions = to_questions(prefix, samples)
+        if not {*questions[0]} - NO_METRIC:  # of the corpus as a whole, such as a perplexity
+            print(f"{name} has no score per question: {row['harness']}", file=sys.stderr)
+        rows.append(row | {"questions": questions})
     return rows
 
 
