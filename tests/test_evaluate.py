@@ -599,6 +599,23 @@ def test_resume(tmp_path, capsys) -> None:
     run(*args, "--overwrite")
 
 
+def test_progress_tells_rate_and_time_left(monkeypatch, capsys) -> None:
+    """A line at most every 10 s where there is no terminal; one process of several speaks."""
+    from types import SimpleNamespace
+
+    said = []
+    for rank, step in ((0, 6), (1, 6), (0, 0)):  # the last: no time goes by
+        clock = itertools.count(0, step)
+        monkeypatch.setattr(evaluate.time, "monotonic", lambda clock=clock: next(clock))
+        lm = SimpleNamespace(label="m on arc", place=lambda n: ("arc", n // 4), shard=(rank, 2))
+        with evaluate.progress(lm, [None] * 40, 400) as advance:
+            for _ in range(4):
+                advance(50)
+        said.append(capsys.readouterr().err.splitlines())
+    assert said[0] and not said[1] and not said[2]
+    assert said[0][0].startswith("m on arc: ") and "questions/s, ETA" in said[0][0]
+
+
 # --- comparison -----------------------------------------------------------------------------------
 
 
