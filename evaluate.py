@@ -810,6 +810,8 @@ def score_model(
     results = []
     for benchmark, group in itertools.groupby(tasks.items(), lambda item: item[1][0].split("/")[0]):
         lm.label = f"{model} on {benchmark}"
+        if not args.rank:
+            print(f"scoring {lm.label}", file=sys.stderr, flush=True)
         found = score_benchmark(lm, dict(group), args)
         for result in found if not args.rank else ():
             folder.mkdir(exist_ok=True)
