@@ -907,16 +907,37 @@ def earlier_runs(folders: list[Path]) -> dict[str, Row]:
                 paths = sorted((folder / about["folder"]).glob("*.json"))
                 results = [json.loads(path.read_bytes()) for path in paths]
                 kept = [result for result in results if result["sha256"] == about["sha256"]]
-                runs[free_name(model, about, runs)] = {"about": about, "results": kept}
+                if not kept:
+                    raise UserError(f"{folder} has no scores of {model}: name what it compared")
+                add_run(runs, model, {"about": about, "results": kept})
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{file} or what it names is not evaluate.py's: {error!r}") from None
     return runs
 
 
-def free_name(model: str, about: Row, runs: dict[str, Row]) -> str:
-    """A model's name in results: as given, with its adapter or a number where that is taken."""
-    names = [model, f"{model} + {about['adapter']}", *(f"{model} #{n}" for n in range(2, 99))]
-    return next(name for name in names if name not in runs)
+def add_run(runs: dict[str, Row], model: str, run: Row) -> None:
+    """Add a model's run under its name; where that is taken, with its adapter or a number.
+
+    A run that is there already, such as a base that two folders have scored, is added once.
+    """
+    adapter = run["about"]["adapter"]
+    names = [
+        model,
+        *[f"{model} + {adapter}"] * bool(adapter),
+        *(f"{model} #{n}" for n in range(2, 99)),
+    ]
+    name = next(
+        n
+        for n in names
+        if n not in runs
+        or (runs[n]["about"] == run["about"] and prompts_of(runs[n]) == prompts_of(run))
+    )
+    runs.setdefault(name, run)
+
+
+def prompts_of(run: Row) -> dict[str, str]:
+    """{task: sha256 of its prompts}: what a model was asked."""
+    return {result["task"]: result["prompts_sha256"] for result in run["results"]}
 
 
 # --- comparison -----------------------------------------------------------------------------------
@@ -1028,7 +1049,7 @@ def compare(base: list[Row], results: list[Row], task: str, flagged: set[str] | 
 
 def check_same_questions(runs: dict[str, Row]) -> None:
     """Refuse to compare models that were not asked the same."""
-    asked = [{r["task"]: r["prompts_sha256"] for r in run["results"]} for run in runs.values()]
+    asked = [prompts_of(run) for run in runs.values()]
     for model, tasks in zip(runs, asked, strict=True):
         if tasks != asked[0]:
             other = sorted({*tasks.items()} ^ {*asked[0].items()})[0][0]
@@ -1221,8 +1242,7 @@ def main(argv: list[str] | None = None) -> None:
         warn_unchecked(args.contamination, flagged, tasks)
     with nullcontext() if args.rank else output_folder(args.out, args.overwrite):
         for model in args.model:
-            run = score_model(model, files[model], tasks, args)
-            runs[free_name(model, run["about"], runs)] = run
+            add_run(runs, model, score_model(model, files[model], tasks, args))
         if args.rank:
             return None
         text = write_results(args, runs, flagged)

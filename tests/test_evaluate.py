@@ -804,6 +804,10 @@ def test_compare_finished_folders(tmp_path) -> None:
     run(*merged, "--compare", tmp_path / "b", "--out", tmp_path / "d")
     row = json.loads((tmp_path / "d/results.json").read_text())["comparisons"][0]
     assert (row["base"], row["model"], row["flips"]) == (str(BASE), str(tmp_path / "merged"), [])
+    three = ["--compare", tmp_path / "a", tmp_path / "b", tmp_path / "a", "--out"]
+    run(*three, tmp_path / "again")  # one base, though it is there twice
+    assert json.loads((tmp_path / "again/results.json").read_text())["models"] == found["models"]
+    assert "name what it compared" in refused("--compare", tmp_path / "c", "--out", tmp_path / "f")
     fewer = [*args[:-1], "30", "--out", tmp_path / "e"]
     run(*fewer)
     line = refused("--compare", tmp_path / "a", tmp_path / "e", "--out", tmp_path / "f")
