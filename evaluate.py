@@ -94,6 +94,7 @@ RESAMPLES = 10_000  # of the paired bootstrap: the interval's ends repeat to abo
 ALPHA = 0.05  # of a test that calls a model better or worse
 MODEL_FILES = {".safetensors", ".json", ".model", ".txt", ".jinja"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAME = "not distinguishable"
 NO_METRIC = {"test_id", "target", "log_likelihoods", "responses"}  # keys of a question's line
 
@@ -129,8 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", **repeat, help=models)
     add("--adapter", metavar="DIR", help="score each --model with this adapter, unmerged")
     add("--load-in-4bit", **switch, help="weights in 4-bit NF4, as QLoRA has them (default: no)")
-    types = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=types, default="auto", help="of the weights (default: as stored)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as stored)")
     add = parser.add_argument_group("tasks").add_argument
     add("--tasks", default=",".join(HUB), metavar="a,b", help="default: %(default)s; '' for none")
     add("--task", **repeat, metavar="X", help="a task of the harness: name or YAML (repeatable)")
@@ -1085,8 +1085,7 @@ def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[s
         "files": {path: sha256}}}
       "tasks": {task: {"metric": headline metric, "questions", "flagged": int or null,
         "partial": bool, "truncated": {model: questions whose context was cut from the left}}}
-        where task is "arc", "hellaswag", "mmlu", "mmlu/<subject>" (57), "truthfulqa", or a
-        --task's name
+        task: "arc", "hellaswag", "mmlu", "mmlu/<subject>", "truthfulqa" or a --task's name
       "all questions", "unflagged questions" and "flagged questions" (the latter two only with
         --contamination): {model: {task: {"questions", "tasks", metric: score in percent}}}; mmlu's
         "acc" is the plain mean of subjects, "acc_weighted" that of questions
