@@ -2,38 +2,55 @@
 
 Step 5 of 5 (paper, section 4). Reads models (folders or hub ids) and benchmarks (--local
 DIR/<benchmark>/ or the hub); writes out/eval/: <model>/<task>.json with every question's
-log-likelihoods, results.json, results.md, run.json.
+log-likelihoods, results.json, results.md, change.svg, run.json.
 
     python evaluate.py --model demo/base_model --tasks arc --local demo/data --limit 5 --out out/e
     python evaluate.py --model meta-llama/Llama-2-7b-hf --adapter out/adapter --tasks mmlu
     python evaluate.py
+    torchrun --nproc-per-node 4 evaluate.py --contamination out/contamination --paper
+    python evaluate.py --compare out/eval_base out/eval_tuned --out out/compare
 
 Prompts, few-shot examples and metrics are lm-evaluation-harness's: ARC-Challenge 25-shot,
-HellaSwag 10-shot, MMLU 5-shot (plain mean of subjects), TruthfulQA 0-shot. Without --model it
-scores the base of out/merged and then out/merged. Time: hours for a 13B on one A100 in full.
-It scores choices by likelihood; it does not generate text.
+HellaSwag 10-shot, MMLU 5-shot (plain mean of subjects), TruthfulQA 0-shot. The forward pass is
+ours: every prefix that prompts share is computed once, a quarter of the harness's tokens. Without
+--model it scores the base of out/merged and then out/merged. A run that was stopped goes on where
+it stopped when the same command is given again. Time on a GPU: not measured; on 2 CPU cores see
+README.md. Memory: the model, and one pack of new tokens beside one path of the trie.
+It scores choices by likelihood; tasks that generate text run at the harness's own speed.
 """
 
 import argparse
-import functools
+import csv
+import hashlib
+import inspect
+import itertools
 import json
+import logging
 import math
+import os
+import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from build_dataset import (
     Row,
     UserError,
     check_output,
     finish_run,
+    first_line,
     hub_fault,
     make_parser,
     output_folder,
+    positive,
     refuse,
     run_main,
+    sha256_of,
     write_file,
 )
 from check_contamination import (
@@ -46,10 +63,14 @@ from check_contamination import (
     read_decisions,
     read_jsonl,
 )
+from merge import read_header
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
+    from transformers import DynamicCache, PreTrainedModel
 
 SHOTS = {"arc": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa": 0}  # paper, section 4.1
 HEADLINE = {"arc": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa": "mc2"}
@@ -61,30 +82,71 @@ HARNESS_FILES = {  # the harness's own definition of each task, below lm_eval/ta
         "truthfulqa_mc2": "truthfulqa/truthfulqa_mc2.yaml",
     },
 }
+PAPER = Path(__file__).with_name("paper_change.csv")  # the paper's Tables 5 and 7, in percent
 TINY = 0.005  # percent: of a base that prints as 0.00 there is no change in percent
 MMLU_SUBJECTS = 57  # the full benchmark; fewer are a partial result
+CHUNK_TOKENS = 65_536  # trie nodes between two points to go on from, and the unit of a process
+CHUNK_SHARE = 200  # a chunk is at least this many times the prefix that the next one repeats
+CPU_PACK = 384  # new tokens of a forward pass; attention is dense within it, so more is slower
+GPU_PACKS = (64, 4096)  # smallest and largest on a GPU; beyond, matrix products gain nothing
+ENCODED_AT_ONCE = 1024  # requests tokenised in one call
+RESAMPLES = 10_000  # of the paired bootstrap: the interval's ends repeat to about 1 % of its width
+ALPHA = 0.05  # of a test that calls a model better or worse
+MODEL_FILES = {".safetensors", ".json", ".model", ".txt", ".jinja"}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SAME = "not distinguishable"
+NO_METRIC = {"test_id", "target", "log_likelihoods", "responses"}  # keys of a question's line
+
+
+class Request(NamedTuple):
+    """One thing to score, as token ids (int32): what the model reads, and the answer at its end."""
+
+    ids: "np.ndarray"  # context and answer without its last token, cut from the left if too long
+    answer: "np.ndarray"
+
+
+class Trie(NamedTuple):
+    """The token trie of sorted requests: n nodes in depth-first order, p places to score."""
+
+    tokens: "np.ndarray"  # [n] token id
+    depths: "np.ndarray"  # [n] position in its sequence
+    ends: "np.ndarray"  # [n] the first later node that is not below this one
+    places: "np.ndarray"  # [p] node whose next token is scored, ascending
+    targets: "np.ndarray"  # [p] that token
+    owners: "np.ndarray"  # [p] number of the request
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this step; every impossible setting is named at once."""
     parser = make_parser(__doc__, "out/eval")
     parser.set_defaults(seed=1234)  # the harness's, for its few-shot examples
-    add = parser.add_argument_group("models").add_argument
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
     repeat = {"action": "append", "default": []}
+    going_on = "go on with a stopped run (the same command without it does so too)"
+    parser.add_argument("--resume", action="store_true", help=going_on)
+    add = parser.add_argument_group("models").add_argument
     models = "folder or hub id; repeatable, the base first (default: out/merged's base and it)"
     add("--model", **repeat, help=models)
     add("--adapter", metavar="DIR", help="score each --model with this adapter, unmerged")
+    add("--load-in-4bit", **switch, help="weights in 4-bit NF4, as QLoRA has them (default: no)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as stored)")
     add = parser.add_argument_group("tasks").add_argument
     add("--tasks", default=",".join(HUB), metavar="a,b", help="default: %(default)s; '' for none")
-    add("--task", **repeat, metavar="YAML", help="a harness task file (repeatable)")
+    add("--task", **repeat, metavar="X", help="a task of the harness: name or YAML (repeatable)")
     add("--local", type=Path, metavar="DIR", help="read DIR/<benchmark>/ (default: the hub)")
+    add("--stock", **switch, help="the harness's own forward pass, for a check (default: no)")
+    add("--batch-size", type=positive, default=8, metavar="N", help="of --stock (default: 8)")
+    add = parser.add_argument_group("comparison").add_argument
+    earlier = "finished folders of this script; their models come first"
+    add("--compare", nargs="+", type=Path, default=[], metavar="DIR", help=earlier)
     flagged = "also score without the test questions that this folder of step 2 flags"
     add("--contamination", type=Path, metavar="DIR", help=flagged)
-    add("--batch-size", type=int, default=8, metavar="N", help="of a forward pass (default: 8)")
+    add("--paper", **switch, help="add the columns of the paper's Tables 5 and 7 (default: no)")
     args = parser.parse_args(argv)
     args.benchmarks = [name for name in args.tasks.split(",") if name]
     unknown = [name for name in args.benchmarks if name not in HUB]
-    missing = [path for path in args.task if not Path(path).is_file()]
+    missing = [t for t in args.task if not Path(t).is_file() and ("/" in t or ".y" in t)]
     refuse(
         {
             f"--tasks: {', '.join(unknown)} is none of {', '.join(HUB)}": unknown,
@@ -93,18 +155,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "no task: name one with --tasks or --task": not args.benchmarks and not args.task,
         }
     )
-    args.model = args.model or merged_and_base()
-    for model in [*args.model, *filter(None, [args.adapter])]:
-        if Path(model).is_dir():
-            check_input(Path(model), "")
+    args.model = args.model or ([] if args.compare else merged_and_base())
     return args
+
+
+def read_run(folder: Path) -> Row:
+    """The run.json of a folder; empty where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        run = json.loads((folder / "run.json").read_bytes())
+        return run if isinstance(run, dict) else {}
+    return {}
 
 
 def merged_and_base() -> list[str]:
     """[base, out/merged]: what is scored when no model is named."""
     merged = check_input(Path("out/merged"), "merge one with python merge.py, or give --model")
-    run = check_input(merged / "run.json", "out/merged is not merge.py's; give --model")
-    return [json.loads(run.read_text(encoding="utf-8"))["base_model"], str(merged)]
+    base = read_run(merged).get("base_model")
+    if not isinstance(base, str):
+        raise UserError("out/merged has no run.json of merge.py's: give --model")
+    return [base, str(merged)]
+
+
+def nothing_to_resume(args: argparse.Namespace) -> bool:
+    """Whether --resume finds the folder finished; raises where there is no folder at all."""
+    if args.resume and not args.out.exists():
+        raise UserError(f"--resume: there is no {args.out}; leave the flag out to begin")
+    return args.resume and (args.out / "run.json").exists() and not args.overwrite
+
+
+def take_rank() -> dict[str, int]:
+    """torchrun's RANK, WORLD_SIZE and LOCAL_RANK (0, 1, 0 without it), out of the environment.
+
+    Processes meet through the files of finished chunks. The harness must not know of them: it
+    would share the questions out before it draws their few-shot examples, which changes scores.
+    """
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    return {key.lower(): int(os.environ.pop(key, default)) for key, default in defaults.items()}
+
+
+# --- tasks ----------------------------------------------------------------------------------------
 
 
 def import_harness() -> None:
@@ -115,6 +204,8 @@ def import_harness() -> None:
     if found and Path(found.__file__ or "").resolve() == Path(__file__).resolve():
         del sys.modules["evaluate"]
     import lm_eval.models.huggingface  # noqa: F401
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # two lines of hints for every subject
 
 
 def harness_task(path: Path, shots: int, subject: Subject | None) -> "ConfigurableTask":
@@ -132,7 +223,7 @@ def harness_task(path: Path, shots: int, subject: Subject | None) -> "Configurab
         splits = {scored: Dataset.from_list(subject.scored)}
         if subject.shots:
             splits[shown] = Dataset.from_list(subject.shots)
-        # the harness asks for a splits's name only after it has looked for it in the data set
+        # the harness asks for a split's name only after it has looked for it in the data set
         config["custom_dataset"] = lambda **_: splits
         for key in ("training_split", "validation_split", "test_split"):
             if config.get(key) not in splits:
@@ -146,9 +237,52 @@ def harness_task(path: Path, shots: int, subject: Subject | None) -> "Configurab
     return ConfigurableTask(config=config)
 
 
+def row_fault(benchmark: str, row: Row) -> str:
+    """What the harness would stumble over in a row in the hub's columns; "" if nothing.
+
+    >>> row_fault("mmlu", {"question": "2+2?", "choices": ["3", "4"], "answer": 2})
+    'the right answer is none of the choices'
+    """
+    if benchmark == "truthfulqa":
+        one, several = row["mc1_targets"], row["mc2_targets"]
+        if one["labels"][:1] != [1] or sum(one["labels"]) != 1:
+            return "mc1_targets needs the right answer first, and no second one"
+        if {0, 1} - {*several["labels"]}:
+            return "mc2_targets needs a true and a false answer"
+        texts, choices, right = [row["question"]], one["choices"] + several["choices"], 0
+    elif benchmark == "hellaswag":
+        texts = [row["ctx_a"], row["ctx_b"], row["activity_label"]]
+        choices, right = row["endings"], int(row["label"])
+    elif benchmark == "arc":
+        texts, choices = [row["question"]], row["choices"]["text"]
+        right = row["choices"]["label"].index(row["answerKey"])
+    else:
+        texts, choices, right = [row["question"]], row["choices"], int(row["answer"])
+    if not all(isinstance(text, str) for text in [*texts, *choices]) or not texts[0].strip():
+        return "a text is missing or empty"
+    return "" if 0 <= right < len(choices) else "the right answer is none of the choices"
+
+
+def check_subject(subject: Subject) -> None:
+    """Refuse a benchmark without rows, with too few examples, or with a row that cannot be used."""
+    name, needed = f"{subject.benchmark}/{subject.subject}", SHOTS[subject.benchmark]
+    if not subject.scored:
+        raise UserError(f"{name} has no questions to score")
+    if len(subject.shots) < needed:
+        raise UserError(f"{name}: {len(subject.shots)} few-shot rows, {needed} needed")
+    for kind, rows in {"few-shot": subject.shots, "scored": subject.scored}.items():
+        for number, row in enumerate(rows):
+            try:
+                fault = row_fault(subject.benchmark, row)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                fault = f"{type(error).__name__}: {first_line(error)}"
+            if fault:
+                raise UserError(f"{name}: {kind} row {number} (from 0): {fault}")
+
+
 def benchmark_tasks(args: argparse.Namespace) -> dict[str, tuple[str, "ConfigurableTask"]]:
     """{task: (prefix of its questions' test ids, task)} for everything that is to be scored."""
-    import lm_eval
+    import lm_eval.tasks
 
     root = Path(lm_eval.__file__).parent / "tasks"
     tasks = {}
@@ -160,77 +294,584 @@ def benchmark_tasks(args: argparse.Namespace) -> dict[str, tuple[str, "Configura
                 files = {key: f"mmlu/default/{key}.yaml"}
                 if not (root / files[key]).is_file():
                     raise UserError(f"MMLU has no subject {subject.subject}: rename its files")
-            if len(subject.shots) < SHOTS[name]:
-                have = f"{len(subject.shots)} few-shot rows, {SHOTS[name]} needed"
-                raise UserError(f"{name}/{subject.subject}: {have}")
+            check_subject(subject)
             for task, file in files.items():
                 built = harness_task(root / file, SHOTS[name], subject)
                 tasks[task] = (f"{name}/{subject.subject}", built)
-    for path in args.task:
+    for name in args.task:
         try:
-            built = harness_task(Path(path), 0, None)
+            if Path(name).is_file():
+                found = [harness_task(Path(name), 0, None)]
+            else:  # a task, group or tag; the harness's index takes about 10 s to build
+                found = list(lm_eval.tasks.TaskManager().load([name])["tasks"].values())
         except Exception as error:  # a task file can be wrong in as many ways as code
-            raise UserError(f"--task {path}: {type(error).__name__}: {error}") from None
-        tasks[built.config.task] = (f"{built.config.task}/all", built)
+            raise UserError(f"--task {name}: {type(error).__name__}: {first_line(error)}") from None
+        for task in found:
+            if tasks.setdefault(task.config.task, (f"{task.config.task}/all", task))[1] != task:
+                raise UserError(f"--task {name}: there are two tasks {task.config.task}")
     return tasks
 
 
-def check_models(args: argparse.Namespace) -> None:
-    """Refuse a model without a readable config or tokenizer before anything is written."""
+# --- models ---------------------------------------------------------------------------------------
+
+
+def folder_name(model: str) -> str:
+    """A model's folder below --out.
+
+    >>> folder_name("../demo/base_model"), folder_name("meta-llama/Llama-2-7b-hf")
+    ('demo__base_model', 'meta-llama__Llama-2-7b-hf')
+    """
+    return "__".join(part for part in Path(model).parts if part not in ("..", ".", "/"))
+
+
+def check_models(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """{model: {file: sha256}, of a hub model {id: commit}}; refuse what cannot be loaded."""
+    places = {str(Path(m).resolve()) if Path(m).exists() else m for m in args.model}
+    names = {folder_name(model) for model in args.model}
+    alike = " and ".join(args.model)
+    refuse(
+        {
+            f"--model {alike}: one of them is there twice": len(places) < len(args.model),
+            f"--model {alike}: two would share a results folder; give one another path": (
+                len(names) < len(args.model) == len(places) or "" in names
+            ),
+        }
+    )
+    adapter = check_folder("--adapter", args.adapter) if args.adapter else {}
+    return {model: check_folder("--model", model) | adapter for model in args.model}
+
+
+def check_folder(flag: str, name: str) -> dict[str, str]:
+    """{file: sha256} of a model's or an adapter's folder that can be read; of the hub {id: commit}.
+
+    Every file is hashed, about a second a gigabyte: results are kept apart by what was scored, and
+    a folder must still hold what its run.json lists.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
-    for model in args.model:
+    folder, adapter = Path(name), flag == "--adapter"
+    wanted = "adapter_config.json" if adapter else "config.json"
+    if not folder.exists() and not adapter:
         try:
-            AutoConfig.from_pretrained(model)
-            AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {hub_fault(model, error)}") from None
+            AutoTokenizer.from_pretrained(name)
+            return {name: str(AutoConfig.from_pretrained(name)._commit_hash)}
+        except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
+            raise UserError(f"{flag} {hub_fault(name, error)}") from None
+    check_input(folder, "name the folder that finetune.py wrote")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / wanted).is_file() or not weights:
+        raise UserError(f"{flag} {name} is no {flag[2:]}: it has no {wanted} with .safetensors")
+    files = {p: sha256_of(p) for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES}
+    files.pop(folder / "run.json", None)
+    listed = read_run(folder).get("outputs", {})
+    for path, sha256 in files.items():
+        if listed.get(path.name, {"sha256": sha256})["sha256"] != sha256:
+            raise UserError(f"{path} changed after its folder's run.json: make the folder again")
+    for path in weights:
+        read_header(path)  # refuses a file that was cut short
+    if not adapter:
+        try:
+            AutoConfig.from_pretrained(name)
+            known = AutoTokenizer.from_pretrained(name).vocab_files_names.values()
+        except Exception as error:  # as many kinds as there are readers
+            what = f"{name}: config.json or the tokenizer is not readable"
+            raise UserError(f"{flag} {what}: {first_line(error)}") from None
+        # where files are missing, some classes make an empty tokenizer of their own
+        if not any((folder / file).is_file() for file in [*known, "tokenizer.json"]):
+            raise UserError(f"{flag} {name} has no tokenizer files: copy its base's there")
+    return {str(path): sha256 for path, sha256 in files.items()}
 
 
-def load_model(model: str, args: argparse.Namespace) -> "HFLM":
-    """The harness's model; its log-softmax in float32 whatever the model's type."""
+def pick_device(args: argparse.Namespace) -> str:
+    """--device, or the best there is; the process's own GPU under torchrun."""
     import torch
-    from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(
-        pretrained=model,
-        peft=args.adapter,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        batch_size=args.batch_size,
-        dtype="auto",
-        softmax_dtype="float32",  # in bfloat16 it moves scores
-        logits_cache=False,  # wrong where the same tokens are split differently
-    )
-    quiet = not sys.stderr.isatty()  # the harness's bars would fill a log file
-    lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=quiet)
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{args.local_rank}" if name == "cuda" else name
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from None
+    return name
+
+
+def load_model(model: str, files: dict[str, str], args: argparse.Namespace) -> "HFLM":
+    """The harness's model with our forward pass, or without where --stock asks for that."""
+    settings = {"peft": args.adapter, "dtype": args.dtype, "load_in_4bit": args.load_in_4bit}
+    settings |= {"stock": args.stock, "batch_size": args.batch_size if args.stock else 8}
+    packages = [metadata.version(name) for name in ("torch", "transformers", "lm_eval")]
+    device = pick_device(args)
+    about = json.dumps([settings, packages, device.split(":")[0], sorted(files.items())])
+    settings |= {"sha256": hashlib.sha256(about.encode()).hexdigest(), "device": device}
+    settings |= {"chunks": chunk_folder(args.out), "shard": (args.rank, args.world_size)}
+    try:
+        lm = prefix_lm()(pretrained=model, **settings)
+    except Exception as error:  # configurations and weights go wrong in as many ways as code
+        shown = f"--model {model}" + f" with --adapter {args.adapter}" * bool(args.adapter)
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{shown} cannot be loaded: {fault}") from None
+    if lm.why_stock and not args.rank:
+        print(f"{model}: the harness's own forward pass: {lm.why_stock}", file=sys.stderr)
     return lm
 
 
-def score_task(
-    lm: "HFLM", name: str, prefix: str, task: "ConfigurableTask", args: argparse.Namespace
+# --- shared prefixes ------------------------------------------------------------------------------
+
+
+def why_stock(lm: "HFLM") -> str:
+    """Why a model cannot be served by shared prefixes; "" where it can.
+
+    Needed: full causal attention over a cache that grows, positions and a mask as arguments, and
+    logits at chosen places.
+    """
+    model = lm.model.get_base_model() if lm.peft else lm.model
+    config = lm.model.config.get_text_config()
+    rope = json.dumps(getattr(config, "rope_parameters", None) or {})
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    takes = inspect.signature(model.forward).parameters
+    lacks = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} - set(takes)
+    reasons = {
+        "it is an encoder-decoder": lm.backend != "causal",
+        f"its layers are of the kind {', '.join(sorted(kinds))}": kinds,
+        "its attention sees a sliding window": window and not getattr(config, "layer_types", None),
+        "it keeps a recurrent state": getattr(model, "_is_stateful", False),
+        f"it does not take {', '.join(sorted(lacks))}": lacks,
+        "its positions depend on the sequence's length": "dynamic" in rope or "longrope" in rope,
+        "its attention takes no mask": config._attn_implementation not in ("sdpa", "eager"),
+        "its adapter adds virtual tokens": lm.peft
+        and lm.model.active_peft_config.is_prompt_learning,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def encode_pairs(lm: "HFLM", pairs: list[tuple[str, str]]) -> Iterator[tuple[Any, Any, Any]]:
+    """(pair, context ids, answer ids) as the harness splits them; each context is encoded once."""
+    import numpy as np
+
+    bos = lm.tokenizer.decode(lm.prefix_token_id)
+    for start in range(0, len(pairs), ENCODED_AT_ONCE):
+        block = pairs[start : start + ENCODED_AT_ONCE]
+        moved = []  # spaces at the end of a context are scored with the answer
+        for context, answer in block:
+            bare = context.rstrip()
+            moved.append((bare, context[len(bare) :] + answer))
+        texts = dict.fromkeys(t for context, answer in moved for t in (context, context + answer))
+        ids: dict[str, np.ndarray] = {}
+        for own, options in ((False, {}), (True, {"add_special_tokens": False})):
+            group = [text for text in texts if text.startswith(bos) == own]
+            encoded = lm.tokenizer(group, verbose=False, **options)["input_ids"] if group else []
+            ids |= {t: np.array(i, np.int32) for t, i in zip(group, encoded, strict=True)}
+        for pair, (context, answer) in zip(block, moved, strict=True):
+            if pair[0]:
+                yield pair, ids[context], ids[context + answer][len(ids[context]) :]
+                continue
+            alone = np.array(lm.tok_encode(answer, add_special_tokens=False), np.int32)
+            first = np.array([lm.prefix_token_id], np.int32)
+            given = len(alone) and alone[0] == first[0]  # the answer brings its own first token
+            yield (pair, alone[:1], alone[1:]) if given else (pair, first, alone)
+
+
+def common_prefix(a: "np.ndarray", b: "np.ndarray") -> int:
+    """Number of leading tokens that two id arrays share."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    return int(differs.argmax()) if differs.any() else size
+
+
+def plan_chunks(requests: list[Request]) -> list[tuple[int, int, int]]:
+    """(start, stop, trie nodes) of each chunk of sorted requests.
+
+    Chunks are scored on their own, so each repeats the prefix that it shares with the one before:
+    at most 1 / CHUNK_SHARE of its own nodes, since a cut waits for that.
+    """
+    chunks, start, nodes, before = [], 0, 0, None
+    for number, request in enumerate(requests):
+        shared = common_prefix(before.ids, request.ids) if before else 0
+        enough = nodes >= max(CHUNK_TOKENS, CHUNK_SHARE * shared, 1)
+        if enough and shared < len(request.ids):  # equal requests stay together
+            chunks.append((start, number, nodes))
+            start, nodes, shared = number, 0, 0
+        nodes += len(request.ids) - shared
+        before = request
+    return [*chunks, (start, len(requests), nodes)] if requests else []
+
+
+def build_trie(requests: list[Request]) -> Trie:
+    """The trie of requests sorted by ids; of two with one beginning, the later adds the rest."""
+    import numpy as np
+
+    path = np.zeros(max(len(request.ids) for request in requests), np.int64)  # depth -> node
+    count = sum(len(request.ids) for request in requests)
+    tokens, depths, ends = (np.zeros(count, np.int64) for _ in range(3))
+    nodes, before = 0, requests[0].ids[:0]
+    places = []
+    for request in requests:
+        shared, size = common_prefix(before, request.ids), len(request.ids)
+        ends[path[shared : len(before)]] = nodes  # below these, nothing more comes
+        new = slice(nodes, nodes + size - shared)
+        tokens[new], depths[new] = request.ids[shared:], np.arange(shared, size)
+        path[shared:size] = np.arange(new.start, new.stop)
+        places.append(path[size - len(request.answer) : size].copy())
+        nodes, before = new.stop, request.ids
+    ends[path[: len(before)]] = nodes
+    owners = np.repeat(np.arange(len(requests)), [len(request.answer) for request in requests])
+    flat = np.concatenate(places)
+    order = np.argsort(flat, kind="stable")
+    targets = np.concatenate([request.answer for request in requests]).astype(np.int64)
+    return Trie(
+        tokens[:nodes], depths[:nodes], ends[:nodes], flat[order], targets[order], owners[order]
+    )
+
+
+def pack_size(model: "PreTrainedModel") -> int:
+    """New tokens of a forward pass: what a third of the GPU's free memory holds."""
+    import torch
+
+    if model.device.type != "cuda":
+        return CPU_PACK
+    config = model.config.get_text_config()
+    wide = 8 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    # bytes of one token: activations in 16 bit, logits in 16 and twice in 32 bit, a row of the mask
+    token = 2 * wide + 10 * config.vocab_size + 4 * (config.max_position_embeddings + GPU_PACKS[1])
+    fits = torch.cuda.mem_get_info(model.device)[0] / 3 / token
+    return 2 ** int(math.log2(min(max(fits, GPU_PACKS[0]), GPU_PACKS[1])))
+
+
+class PrefixScorer:
+    """Log-likelihoods of requests by one pass over their trie, a pack of new tokens at a time.
+
+    A pack is one sequence of batch 1: its tokens in depth-first order, each at the position that
+    it has in its own sequence, and seeing only its ancestors. Of the cache only the path stays
+    that the next pack shares, so memory does not grow with the requests.
+    """
+
+    def __init__(self, model: "PreTrainedModel", pack: int) -> None:
+        self.model, self.pack, self.forwarded = model, pack, 0
+
+    def __call__(
+        self, requests: list[Request], advance: Callable[[int], None] = lambda tokens: None
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy decoding gives the answer) of requests sorted by ids."""
+        import numpy as np
+        import torch
+        from transformers import DynamicCache
+
+        trie, cache, start = build_trie(requests), DynamicCache(), 0
+        held, scores, hits = np.zeros(0, np.int64), [], []  # held: nodes in the cache
+        while start < len(trie.tokens):
+            stop, full = min(start + self.pack, len(trie.tokens)), False
+            try:
+                score, hit = self.forward(trie, start, stop, cache, held)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's has no type
+                full = "memory" in str(error) and self.pack > 8
+                if not full:
+                    raise
+            if full:
+                keep_cache(cache, slice(0, len(held)))  # layers before the failure have grown
+                self.pack //= 2
+                torch.cuda.empty_cache()
+                print(f"out of memory: packs of {self.pack} tokens from here", file=sys.stderr)
+                continue
+            scores.append(score)
+            hits.append(hit)
+            held = np.concatenate([held, np.arange(start, stop)])
+            kept = np.flatnonzero(trie.ends[held] > stop)
+            keep_cache(cache, torch.from_numpy(kept).to(self.model.device))
+            self.forwarded += stop - start
+            advance(stop - start)
+            held, start = held[kept], stop
+        totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
+        np.add.at(totals, trie.owners, torch.cat(scores).double().cpu().numpy())
+        np.logical_and.at(greedy, trie.owners, torch.cat(hits).cpu().numpy())
+        return list(zip(totals.tolist(), greedy.tolist(), strict=True))
+
+    def forward(
+        self, trie: Trie, start: int, stop: int, cache: "DynamicCache", held: "np.ndarray"
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """(log-probability, whether it is the likeliest) of the targets at nodes start to stop."""
+        import numpy as np
+        import torch
+
+        device = self.model.device
+        nodes = np.concatenate([held, np.arange(start, stop)])
+        keys, ends = (torch.from_numpy(a).to(device) for a in (nodes, trie.ends[nodes]))
+        queries = torch.arange(start, stop, device=device)[:, None]
+        dtype = self.model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(stop - start, len(nodes), dtype=dtype, device=device)
+        # a node sees those before it whose subtree it is in: its ancestors, and itself
+        mask.masked_fill_((keys > queries) | (ends <= queries), torch.finfo(dtype).min)
+        first, last = np.searchsorted(trie.places, [start, stop])
+        rows, row = np.unique(trie.places[first:last] - start, return_inverse=True)
+        new = slice(start, stop)
+        with torch.inference_mode():
+            logits = self.model(
+                input_ids=torch.from_numpy(trie.tokens[new]).to(device)[None],
+                position_ids=torch.from_numpy(trie.depths[new]).to(device)[None],
+                attention_mask=mask[None, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.from_numpy(rows if len(rows) else np.zeros(1, int)).to(device),
+            ).logits[0]
+            # in blocks: float32 logits of a whole pack would be larger than all else
+            total = torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])
+            index, target = (
+                torch.from_numpy(a).to(device) for a in (row, trie.targets[first:last])
+            )
+            return logits[index, target].float() - total[index], logits.argmax(-1)[index] == target
+
+
+def keep_cache(cache: "DynamicCache", kept: "slice | torch.Tensor") -> None:
+    """Keep these positions of a cache's keys and values [1, heads, positions, size]."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+
+
+def chunk_folder(out: Path) -> Path:
+    """Where the finished chunks of an unfinished run are: beside --out, until run.json is there."""
+    return out.resolve().with_name(f".{out.resolve().name}.chunks")
+
+
+def to_request(context: "np.ndarray", answer: "np.ndarray", max_length: int) -> Request:
+    """A request of at most `max_length` tokens of input, cut from the left as the harness does."""
+    import numpy as np
+
+    ids = np.concatenate([context, answer]).astype(np.int32)[-max_length - 1 : -1]
+    return Request(ids, np.asarray(answer, np.int32))
+
+
+def sort_key(request: Request) -> tuple[bytes, bytes]:
+    """Big-endian bytes, which sort as the ids do, and much faster."""
+    return request.ids.astype(">i4").tobytes(), request.answer.astype(">i4").tobytes()
+
+
+def make_requests(lm: "HFLM", raw: list[tuple[Any, Any, Any]]) -> list[Request]:
+    """The requests of (pair, context ids, answer ids); what had to be cut goes to lm.truncated."""
+    for number, (_, context, answer) in enumerate(raw):
+        task, question = lm.place(number)
+        if not 0 < len(answer) <= lm.max_length:
+            raise UserError(f"{task}, question {question}: an answer of {len(answer)} tokens")
+        if len(context) + len(answer) > lm.max_length + 1:
+            lm.truncated.add((task, question))
+    return [to_request(context, answer, lm.max_length) for _, context, answer in raw]
+
+
+def score_in_chunks(lm: "HFLM", raw: list[tuple[Any, Any, Any]]) -> list[tuple[float, bool]]:
+    """(log-likelihood, whether greedy decoding gives the answer) of raw requests, in their order.
+
+    A chunk's file is named by all that decides its numbers: weights, settings, token ids. So any
+    later run can go on from it, and none of another model will. Process `rank` of `world` scores
+    every world-th chunk; the first one waits for the others' files, and they get zeros.
+    """
+    requests = make_requests(lm, raw)
+    keys = [sort_key(request) for request in requests]
+    order = sorted(range(len(raw)), key=keys.__getitem__)
+    chunks = {}
+    for start, stop, nodes in plan_chunks([requests[number] for number in order]):
+        about = hashlib.sha256(lm.sha256.encode())
+        for number in order[start:stop]:
+            about.update(b"%d %d " % tuple(map(len, keys[number])) + b"".join(keys[number]))
+        chunks[lm.chunks / f"{about.hexdigest()}.json"] = (order[start:stop], nodes)
+    rank, world = lm.shard
+    todo = [path for path in [*chunks][rank::world] if not path.exists()]
+    with progress(lm, raw, sum(chunks[path][1] for path in todo)) as advance:
+        for path in todo:
+            numbers, nodes = chunks[path]
+            if lm.why_stock:
+                found = stock_scores(lm, [raw[number] for number in numbers])
+                advance(nodes)
+            else:
+                found = lm.scorer([requests[number] for number in numbers], advance)
+            for number, (value, _) in zip(numbers, found, strict=True):
+                if not math.isfinite(value):
+                    where = "{}, question {}".format(*lm.place(number))
+                    what = f"a log-likelihood of {value}: its weights or --dtype are at fault"
+                    raise UserError(f"{lm.pretrained}: {where}: {what}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, json.dumps(found) + "\n")
+    answers = [(0.0, False)] * len(raw)
+    for path, (numbers, _) in chunks.items() if not rank else ():
+        while not path.exists():  # another process is at it; torchrun ends us if it dies
+            time.sleep(0.1)
+        for number, answer in zip(numbers, json.loads(path.read_bytes()), strict=True):
+            answers[number] = tuple(answer)
+    return answers
+
+
+def stock_scores(lm: "HFLM", raw: list[tuple[Any, Any, Any]]) -> list[tuple[float, bool]]:
+    """The harness's own forward pass: each request from its beginning, in padded batches."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM._loglikelihood_tokens(lm, raw, disable_tqdm=True)
+
+
+def trial(lm: "HFLM") -> str:
+    """Why the two ways differ on a few branching requests; "" where they do not."""
+    import torch
+
+    asked = [(None, [5, 6, 7, 8], [9, 5]), (None, [5, 6, 7, 8], [6]), (None, [5], [7, 7, 8])]
+    try:
+        ours = lm.scorer(sorted((to_request(*ids, 64) for _, *ids in asked), key=sort_key))
+    except Exception as error:  # an argument that it takes and then does not serve
+        return f"it does not serve shared prefixes ({first_line(error)})"
+    pairs = zip(sorted(ours), sorted(stock_scores(lm, asked)), strict=True)
+    off = max(abs(a[0] - b[0]) for a, b in pairs)
+    exact = lm.model.get_input_embeddings().weight.dtype == torch.float32 and not lm.four_bit
+    return f"its results differ by {off:.2g}" if off > (1e-3 if exact else 0.5) else ""
+
+
+@contextmanager
+def progress(lm: "HFLM", raw: list[Any], nodes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, else a line every 10 s; yields advance(tokens forwarded)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    began, printed, done = time.monotonic(), time.monotonic(), 0
+    questions = len({lm.place(number) for number in range(len(raw))}) / lm.shard[1]
+    with Progress(console=console, disable=not console.is_terminal or bool(lm.shard[0])) as bar:
+        task = bar.add_task(lm.label, total=nodes)
+
+        def advance(tokens: int) -> None:
+            """Count them, and show it."""
+            nonlocal done, printed
+            done, now = done + tokens, time.monotonic()
+            rate = done / max(now - began, 1e-9)
+            speed = f"{rate:,.0f} tokens/s, {questions * rate / nodes:,.1f} questions/s"
+            bar.update(task, completed=done, description=f"{lm.label}: {speed}")
+            if not console.is_terminal and not lm.shard[0] and now - printed > 10:
+                printed = now
+                left = f"ETA {(nodes - done) / rate:,.0f} s"
+                print(f"{lm.label}: {done / nodes:.0%}, {speed}, {left}", file=sys.stderr)
+
+        yield advance
+
+
+def prefix_lm() -> type:
+    """The class PrefixLM(HFLM), made here because its base takes seconds to import."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import BitsAndBytesConfig
+
+    class PrefixLM(HFLM):
+        """lm-evaluation-harness's Hugging Face model; likelihoods of choices by shared prefixes."""
+
+        def __init__(
+            self, chunks: Path, sha256: str = "", shard: tuple[int, int] = (0, 1), **more: Any
+        ) -> None:
+            stock, self.four_bit = more.pop("stock", False), more.pop("load_in_4bit", False)
+            self.chunks, self.sha256, self.shard = chunks, sha256, shard
+            self.label, self.asked, self.truncated = "", [], set()
+            # the cache errs where one text is split in two ways; a bfloat16 softmax moves scores
+            super().__init__(logits_cache=False, softmax_dtype="float32", **more)
+            self.scorer = PrefixScorer(self.model, pack_size(self.model))
+            self.why_stock = "--stock" if stock else why_stock(self) or trial(self)
+
+        def _create_model(self, *args: Any, **more: Any) -> None:
+            if self.four_bit:
+                nf4 = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
+                more["quantization_config"] = nf4
+            super()._create_model(*args, use_safetensors=True, **more)
+
+        def place(self, number: int) -> tuple[str, int]:
+            """(task, number of the question) that a request belongs to."""
+            if number >= len(self.asked):
+                return f"request {number}", -1
+            return self.asked[number].task_name, self.asked[number].doc_id
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            """(log-likelihood, is greedy) of the harness's requests."""
+            self.asked, self.truncated = requests, set()
+            if self.why_stock:
+                return super().loglikelihood(requests, disable_tqdm=True)
+            pairs = [request.args for request in requests]
+            return self._loglikelihood_tokens([*encode_pairs(self, pairs)])
+
+        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[Any]:
+            return score_in_chunks(self, requests)
+
+    return PrefixLM
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def score_model(
+    model: str, files: dict[str, str], tasks: dict[str, Any], args: argparse.Namespace
 ) -> Row:
-    """Run one task, on its own so that no other task's draws change its few-shot examples."""
+    """{"about", "results"} of a model; each task's file is written when the task is whole."""
+    lm = load_model(model, files, args)
+    folder = args.out / folder_name(model)
+    about = {"folder": folder.name, "adapter": args.adapter, "load_in_4bit": args.load_in_4bit}
+    about["dtype"] = str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    about |= {"sha256": lm.sha256, "max_length": lm.max_length, "files": files}
+    about["path"] = "stock" if lm.why_stock else "prefix"
+    results = []
+    for benchmark, group in itertools.groupby(tasks.items(), lambda item: item[1][0].split("/")[0]):
+        lm.label = f"{model} on {benchmark}"
+        if not args.rank:
+            print(f"scoring {lm.label}", file=sys.stderr, flush=True)
+        found = score_benchmark(lm, dict(group), args)
+        for result in found if not args.rank else ():
+            folder.mkdir(exist_ok=True)
+            write_file(folder / f"{result['task']}.json", json.dumps(result, indent=1) + "\n")
+        results += found
+    return {"about": about, "results": results}
+
+
+def score_benchmark(
+    lm: "HFLM", tasks: dict[str, tuple[str, "ConfigurableTask"]], args: argparse.Namespace
+) -> list[Row]:
+    """Run a benchmark's tasks at once: each draws its few-shot examples by a seed of its own."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    lm.truncated, began = set(), time.monotonic()
     result = simple_evaluate(
         model=lm,
-        tasks=[task],
+        tasks=[task for _, task in tasks.values()],
         task_manager=TaskManager(include_defaults=False),
         limit=args.limit,
         bootstrap_iters=0,
         fewshot_random_seed=args.seed,
     )
-    questions = []
-    for sample in sorted(result["samples"][name], key=lambda sample: sample["doc_id"]):
-        row = sample["doc"].get("test_row", sample["doc_id"])
-        line = {"test_id": f"{prefix}/{row}", "target": sample["target"]}
-        line["log_likelihoods"] = [float(r[0]) for r in sample["filtered_resps"]]
-        if not all(map(math.isfinite, line["log_likelihoods"])):
-            raise UserError(f"{name}, question {sample['doc_id']}: a log-likelihood is not finite")
-        line |= {m: float(sample[m]) for m in ("acc", "acc_norm") if m in sample}
-        questions.append(line)
-    return {"task": name, "prefix": prefix, "limit": args.limit, "questions": questions}
+    seconds, rows = time.monotonic() - began, []
+    for name, (prefix, _) in tasks.items():
+        samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+        row = {"model": lm.pretrained, "sha256": lm.sha256, "task": name, "prefix": prefix}
+        row |= {"limit": args.limit, "benchmark_seconds": round(seconds, 2)}
+        prompts = "".join(sample["prompt_hash"] for sample in samples)
+        row["prompts_sha256"] = hashlib.sha256(prompts.encode()).hexdigest()
+        row["truncated"] = sum(task == name for task, _ in lm.truncated)
+        row["harness"] = {k: v for k, v in result["results"][name].items() if type(v) is float}
+        questions = to_questions(prefix, samples)
+        if not {*questions[0]} - NO_METRIC:  # of the corpus as a whole, such as a perplexity
+            print(f"{name} has no score per question: {row['harness']}", file=sys.stderr)
+        rows.append(row | {"questions": questions})
+    return rows
+
+
+def to_questions(prefix: str, samples: list[Row]) -> list[Row]:
+    """The harness's samples of a task, one for each filter, as one line a question."""
+    questions: dict[int, Row] = {}
+    rows: set[Any] = set()
+    for sample in samples:
+        number = sample["doc_id"]
+        row = sample["doc"].get("test_row", number)
+        # a row that step 2's file does not have, or has already given, is one of no other's
+        row = row if row not in {-1, *rows} or number in questions else f"{number} of the layout"
+        rows.add(row)
+        line = questions.setdefault(number, {"test_id": f"{prefix}/{row}"})
+        line["target"], answers = sample["target"], sample["filtered_resps"]
+        if all(isinstance(answer, tuple) for answer in answers):
+            line["log_likelihoods"] = [float(answer[0]) for answer in answers]
+        else:
+            line["responses"] = answers
+        suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+        numbers = [m for m in sample["metrics"] if isinstance(sample[m], int | float)]
+        line |= {metric + suffix: float(sample[metric]) for metric in numbers}
+    return list(questions.values())
 
 
 def flagged_questions(folder: Path | None) -> set[str] | None:
@@ -244,108 +885,370 @@ def flagged_questions(folder: Path | None) -> set[str] | None:
     return {pair["test_id"] for pair in pairs if pair["pair_id"] not in innocent}
 
 
-def summarise(results: list[Row], flagged: set[str]) -> dict[str, dict[str, Any]]:
-    """{benchmark: {metric: score in percent, questions, tasks}} without the flagged questions.
+def warn_unchecked(folder: Path, flagged: set[str], tasks: dict[str, tuple[str, Any]]) -> None:
+    """Say which scored benchmarks step 2 did not look at: nothing of theirs can be flagged."""
+    counts = read_run(folder).get("counts", {})
+    seen = {name.split("/")[0] for name in [*counts.get("test_questions", []), *flagged]}
+    missing = {prefix.split("/")[0] for prefix, _ in tasks.values()} - seen
+    if missing:
+        what = (
+            f"{folder} did not check {', '.join(sorted(missing))} (only {', '.join(sorted(seen))})"
+        )
+        print(f"warning: {what}: none of its questions counts as flagged", file=sys.stderr)
+
+
+def earlier_runs(folders: list[Path]) -> dict[str, Row]:
+    """{model: {"about", "results"}} of finished folders of this script, for --compare."""
+    runs: dict[str, Row] = {}
+    for folder in folders:
+        file = check_input(folder / "results.json", f"{folder} is no folder of evaluate.py's")
+        try:
+            for model, about in json.loads(file.read_bytes())["models"].items():
+                paths = sorted((folder / about["folder"]).glob("*.json"))
+                results = [json.loads(path.read_bytes()) for path in paths]
+                kept = [result for result in results if result["sha256"] == about["sha256"]]
+                if not kept:
+                    raise UserError(f"{folder} has no scores of {model}: name what it compared")
+                add_run(runs, model, {"about": about, "results": kept})
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{file} or what it names is not evaluate.py's: {error!r}") from None
+    return runs
+
+
+def add_run(runs: dict[str, Row], model: str, run: Row) -> None:
+    """Add a model's run under its name; where that is taken, with its adapter or a number.
+
+    A run that is there already, such as a base that two folders have scored, is added once.
+    """
+    adapter = run["about"]["adapter"]
+    names = [
+        model,
+        *[f"{model} + {adapter}"] * bool(adapter),
+        *(f"{model} #{n}" for n in range(2, 99)),
+    ]
+    name = next(
+        n
+        for n in names
+        if n not in runs
+        or (runs[n]["about"] == run["about"] and prompts_of(runs[n]) == prompts_of(run))
+    )
+    runs.setdefault(name, run)
+
+
+def prompts_of(run: Row) -> dict[str, str]:
+    """{task: sha256 of its prompts}: what a model was asked."""
+    return {result["task"]: result["prompts_sha256"] for result in run["results"]}
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def series(results: list[Row]) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """{task: {metric: [{test id: value} of each subject]}}; MMLU's subjects are tasks as well."""
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for result in results:
+        benchmark = result["prefix"].split("/")[0]
+        for task in dict.fromkeys([benchmark, result["prefix"].removesuffix("/all")]):
+            for metric in [key for key in result["questions"][0] if key not in NO_METRIC]:
+                label = result["task"][-3:] if benchmark == "truthfulqa" else metric
+                values = {q["test_id"]: q[metric] for q in result["questions"] if metric in q}
+                found.setdefault(task, {}).setdefault(label, []).append(values)
+    return found
+
+
+def headline(task: str, metrics: dict[str, Any]) -> str:
+    """The metric that the leaderboard takes, a task's own first one elsewhere."""
+    return HEADLINE.get(task.split("/")[0], next(iter(metrics)))
+
+
+def mean(
+    groups: list[dict[str, float]], chosen: Callable[[str], bool] | None = None
+) -> float | None:
+    """Mean of the groups' means, in percent, over the questions chosen; None where none is."""
+    kept = [[v for test_id, v in g.items() if chosen is None or chosen(test_id)] for g in groups]
+    means = [statistics.fmean(values) for values in kept if values]
+    return 100 * statistics.fmean(means) if means else None
+
+
+def summarise(
+    results: list[Row], chosen: Callable[[str], bool] | None = None
+) -> dict[str, dict[str, Any]]:
+    """{task: {"questions", "tasks", metric: score in percent}} of the questions chosen by test id.
 
     MMLU: `acc` is the plain mean of subjects, as on the leaderboard of 2023, `acc_weighted` the
-    mean of questions. A task whose questions are all flagged is left out.
+    mean of questions. A task without a chosen question is left out.
     """
-    summary: dict[str, dict[str, Any]] = {}
-    means: dict[str, dict[str, list[float]]] = {}
-    for result in results:
-        questions = [q for q in result["questions"] if q["test_id"] not in flagged]
-        if not questions:
-            continue
-        benchmark = result["prefix"].partition("/")[0]
-        about = summary.setdefault(benchmark, {"questions": 0, "tasks": 0})
-        about["tasks"] += 1
-        about["questions"] = len(questions) + (about["questions"] if benchmark == "mmlu" else 0)
-        for metric in ("acc", "acc_norm"):
-            if metric in questions[0]:
-                name = result["task"].rpartition("_")[2] if benchmark == "truthfulqa" else metric
-                values = [question[metric] for question in questions]
-                means.setdefault(benchmark, {}).setdefault(name, []).append(
-                    statistics.fmean(values)
-                )
-                if benchmark == "mmlu":
-                    weighted = means[benchmark].setdefault("acc_weighted", [])
-                    weighted += values
-    for benchmark, metrics in means.items():
-        for name, values in metrics.items():
-            summary[benchmark][name] = 100 * statistics.fmean(values)
+    summary = {}
+    for task, metrics in series(results).items():
+        groups = metrics[headline(task, metrics)]
+        ids = [[i for i in group if chosen is None or chosen(i)] for group in groups]
+        about: dict[str, Any] = {"questions": sum(map(len, ids)), "tasks": sum(map(bool, ids))}
+        about |= {metric: mean(values, chosen) for metric, values in metrics.items()}
+        if task == "mmlu":
+            together = {test_id: value for group in groups for test_id, value in group.items()}
+            about["acc_weighted"] = mean([together], chosen)
+        if about["questions"]:
+            summary[task] = about
     return summary
 
 
-def results_table(scores: dict[str, dict[str, dict[str, Any]]], partial: bool) -> str:
-    """Markdown: headline score of each benchmark and model, and the change over the first model.
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar test: p of so uneven a split of the questions that flipped.
 
-    Change in percent is the paper's 100 * (new - base) / base; points are new - base.
+    >>> mcnemar(1, 9)
+    0.021484375
     """
-    first, *others = scores
-    headers = ["benchmark", "metric", "questions", Path(first).name]
-    for other in others:
-        headers += [Path(other).name, "change %", "points"]
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** (gained + lost))
+
+
+def bootstrap(groups: list["np.ndarray"]) -> tuple[float, float]:
+    """95 % interval of the mean of the groups' means, resampled within each group.
+
+    groups: paired differences, one array for each subject. A resample is drawn as how often each
+    distinct difference occurs: the same distribution for a fraction of the work.
+    """
+    import numpy as np
+
+    rng, total = np.random.default_rng(0), np.zeros(RESAMPLES)
+    for differences in groups:
+        values, counts = np.unique(differences, return_counts=True)
+        for part in np.array_split(total, 20):  # views; draws of all at once could fill the memory
+            drawn = rng.multinomial(len(differences), counts / len(differences), size=len(part))
+            part += drawn @ values / len(differences)
+    low, high = np.quantile(total / len(groups), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def compare(base: list[Row], results: list[Row], task: str, flagged: set[str] | None) -> Row:
+    """A model's headline score of a task against the base's, question by question."""
+    import numpy as np
+
+    metric = headline(task, series(base)[task])
+    before, after = (series(side)[task][metric] for side in (base, results))
+    gains = [{i: b[i] - a[i] for i in a} for a, b in zip(before, after, strict=True)]
+    flat = {test_id: gain for group in gains for test_id, gain in group.items()}
+    binary = {value for group in before + after for value in group.values()} <= {0, 1}
+    gained, lost = (sum(sign * gain > 0 for gain in flat.values()) for sign in (1, -1))
+    p = mcnemar(gained, lost) if binary else None
+    low, high = bootstrap([100 * np.array([*group.values()]) for group in gains])
+    old, new = mean(before), mean(after)
+    row = {"task": task, "metric": metric, "questions": len(flat), "base_score": old, "score": new}
+    row |= {"points": new - old, "percent": 100 * (new - old) / old if old >= TINY else None}
+    row |= {"interval": [low, high], "gained": gained, "lost": lost, "p": p}
+    differs = (low > 0 or high < 0) and (p is None or p < ALPHA) and abs(new - old) >= TINY
+    row["verdict"] = SAME if not differs else "better" if new > old else "worse"
+    for part, side in {"unflagged": False, "flagged": True}.items():
+        known = flagged is not None
+        row[f"points_{part}"] = (
+            mean(gains, lambda i, side=side: (i in flagged) is side) if known else None
+        )
+    flips = [{"test_id": i, "base": int(g < 0), "model": int(g > 0)} for i, g in flat.items() if g]
+    return row | {"flips": flips if binary else []}
+
+
+def check_same_questions(runs: dict[str, Row]) -> None:
+    """Refuse to compare models that were not asked the same."""
+    asked = [prompts_of(run) for run in runs.values()]
+    for model, tasks in zip(runs, asked, strict=True):
+        if tasks != asked[0]:
+            other = sorted({*tasks.items()} ^ {*asked[0].items()})[0][0]
+            why = "another --limit, --seed, set of tasks, few-shot rows or version"
+            what = f"{next(iter(runs))} and {model} were not asked the same in {other} ({why})"
+            raise UserError(f"{what}: score both with one command")
+
+
+def describe_tasks(runs: dict[str, Row], flagged: set[str] | None) -> dict[str, Row]:
+    """{task: {"metric", "questions", "flagged", "partial", "truncated"}} of results.json."""
+    base, tasks = next(iter(runs.values()))["results"], {}
+    for task, metrics in series(base).items():
+        metric = headline(task, metrics)
+        ids = {test_id for group in metrics[metric] for test_id in group}
+        few = task == "mmlu" and len(metrics[metric]) < MMLU_SUBJECTS
+        about = {"metric": metric, "questions": len(ids), "truncated": {}}
+        about["flagged"] = None if flagged is None else len(ids & flagged)
+        about["partial"] = few or any(result["limit"] for result in base)
+        for model, run in runs.items():  # once for a prefix: mc1 and mc2 are asked the same
+            cut = {f"{r['prefix']}/": r["truncated"] for r in run["results"]}
+            cut = [count for prefix, count in cut.items() if prefix.startswith(f"{task}/")]
+            about["truncated"][model] = sum(cut)
+        tasks[task] = about
+    return tasks
+
+
+def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[str] | None) -> str:
+    """Write results.json, results.md and change.svg; return the tables.
+
+    results.json, one object (a model is known by its `--model` text, the base first):
+      "models": {model: {"folder": below --out, "adapter", "dtype", "load_in_4bit", "sha256": of
+        weights, tokenizer, adapter and settings, "max_length", "path": "prefix" or "stock",
+        "files": {path: sha256}}}
+      "tasks": {task: {"metric": headline metric, "questions", "flagged": int or null,
+        "partial": bool, "truncated": {model: questions whose context was cut from the left}}}
+        task: "arc", "hellaswag", "mmlu", "mmlu/<subject>", "truthfulqa" or a --task's name
+      "all questions", "unflagged questions" and "flagged questions" (the latter two only with
+        --contamination): {model: {task: {"questions", "tasks", metric: score in percent}}}; mmlu's
+        "acc" is the plain mean of subjects, "acc_weighted" that of questions
+      "comparisons": [{"model", "base", "task", "metric", "questions", "base_score", "score",
+        "points": score - base_score, "percent": 100 * points / base_score or null, "interval":
+        [low, high] of points, 95 %, paired bootstrap, "gained", "lost": questions now right, now
+        wrong, "p": exact McNemar or null where the metric is not right or wrong, "verdict":
+        "better", "worse" or "not distinguishable", "points_unflagged", "points_flagged": null
+        without --contamination, "flips": [{"test_id", "base": 0 or 1, "model": 0 or 1}]}]
+    """
+    check_same_questions(runs)
+    (first, base), *others = runs.items()
+    found: dict[str, Any] = {"models": {model: run["about"] for model, run in runs.items()}}
+    found["tasks"] = describe_tasks(runs, flagged)
+    parts: dict[str, Any] = {"all": None}
+    if flagged is not None:
+        parts |= {"unflagged": lambda i: i not in flagged, "flagged": lambda i: i in flagged}
+    for part, chosen in parts.items():
+        scores = {model: summarise(run["results"], chosen) for model, run in runs.items()}
+        found[f"{part} questions"] = scores
+    found["comparisons"] = [
+        {"model": m, "base": first, **compare(base["results"], run["results"], task, flagged)}
+        for m, run in others
+        for task in found["tasks"]
+    ]
+    text = tables(found, args.paper)
+    write_file(args.out / "results.json", json.dumps(found, indent=1) + "\n")
+    write_file(args.out / "results.md", text + "\n")
+    draw_change(found, args.out / "change.svg")
+    return text
+
+
+def tables(found: dict[str, Any], paper: bool) -> str:
+    """results.json as Markdown: scores, change in percent beside the paper's, paired tests."""
+    names = [Path(model).name for model in found["models"]]
+    names = names if len({*names}) == len(names) else [*found["models"]]
+    base, *others = names
+    theirs: dict[str, Row] = {}
+    if paper:
+        with PAPER.open(newline="", encoding="utf-8") as file:
+            theirs = {row.pop("task"): row for row in csv.DictReader(file)}
+    parts = []
+    for part in [p for p in ("all", "unflagged", "flagged") if f"{p} questions" in found]:
+        beside = "" if part == "all" else " (and less those of all)"
+        parts.append(f"Scores in percent, {part} questions{beside}:")
+        columns = ["task", "metric", "questions", *names]
+        parts.append(markdown_table(columns, score_rows(found, part)))
+    for number, subjects in {5: False, 7: True}.items() if others or paper else ():
+        title = f"Change over {base} in percent, the paper's Table {number}; (=): {SAME}:"
+        if rows := change_rows(found, theirs, subjects):
+            columns = ["task", *others, *theirs.get("arc", {})]
+            parts += [title, markdown_table(columns, rows)]
+    if others:
+        what = "on the same questions; 1 such test of 20 differs by chance"
+        parts.append(f"Against {base} {what}; flipped questions are in results.json:")
+        columns = ["task", "model", "points", "95 % interval", "gained", "lost", "p"]
+        columns += ["points, unflagged", "points, flagged", "verdict"]
+        parts.append(markdown_table(columns, paired_rows(found)))
+    cut = {task: max(about["truncated"].values()) for task, about in found["tasks"].items()}
+    shown = ", ".join(f"{task} {count:,}" for task, count in cut.items() if count)
+    parts += [f"Questions whose context was cut from the left to fit: {shown}"] * bool(shown)
+    return "\n\n".join(parts)
+
+
+def score_rows(found: dict[str, Any], part: str) -> list[list[Any]]:
+    """[task, metric, questions, score of each model]: the headline metric first."""
     rows = []
-    for benchmark, about in scores[first].items():
-        metric = HEADLINE.get(benchmark, "acc")
-        less = partial or (benchmark == "mmlu" and about["tasks"] < MMLU_SUBJECTS)
-        base = about[metric]
-        row = [benchmark + less * " (partial)", metric, about["questions"], f"{base:.2f}"]
-        for other in others:
-            new = scores[other][benchmark][metric]
-            change = f"{100 * (new - base) / base:+.2f}" if base >= TINY else "-"
-            row += [f"{new:.2f}", change, f"{new - base:+.2f}"]
-        rows.append(row)
-    return markdown_table(headers, rows)
+    for task, about in found["tasks"].items():
+        scores = [of.get(task, {}) for of in found[f"{part} questions"].values()]
+        metrics = [m for m in scores[0] if m not in ("questions", "tasks")] * ("/" not in task)
+        for metric in sorted(metrics, key=lambda m: m != about["metric"]):
+            cells = [f"{score[metric]:.2f}" for score in scores]
+            if part != "all":
+                whole = [of[task][metric] for of in found["all questions"].values()]
+                less = [score[metric] - w for score, w in zip(scores, whole, strict=True)]
+                cells = [f"{cell} ({x:+.2f})" for cell, x in zip(cells, less, strict=True)]
+            name = task + " (partial)" * about["partial"]
+            rows.append([name, metric, scores[0]["questions"], *cells])
+    return rows
 
 
-def folder_name(model: str) -> str:
-    """A model's folder below --out.
+def change_rows(found: dict[str, Any], theirs: dict[str, Row], subjects: bool) -> list[list[str]]:
+    """[task, change of each model, the paper's], of benchmarks and tasks or of MMLU's subjects."""
+    compared = {(row["task"], row["model"]): row for row in found["comparisons"]}
+    rows, nothing = [], dict.fromkeys(theirs.get("arc", ()), "-")
+    for task in [t for t in {**found["tasks"], **theirs} if ("/" in t) is subjects]:
+        cells = []
+        for model in list(found["models"])[1:]:
+            row = compared.get((task, model), {"percent": None})
+            same = " (=)" * (row.get("verdict") == SAME)
+            cells.append("-" if row["percent"] is None else f"{row['percent']:+.2f}{same}")
+        rows.append([task.removeprefix("mmlu/"), *cells, *theirs.get(task, nothing).values()])
+    return rows
 
-    >>> folder_name("../demo/base_model"), folder_name("meta-llama/Llama-2-7b-hf")
-    ('demo__base_model', 'meta-llama__Llama-2-7b-hf')
-    """
-    return "__".join(part for part in Path(model).parts if part not in ("..", ".", "/"))
+
+def paired_rows(found: dict[str, Any]) -> list[list[Any]]:
+    """The paired test of every benchmark and task; those of subjects are in results.json."""
+    rows = []
+    for row in [row for row in found["comparisons"] if "/" not in row["task"]]:
+        parts = [row["points_unflagged"], row["points_flagged"]]
+        parts = ["-" if points is None else f"{points:+.2f}" for points in parts]
+        interval = "{:+.2f} to {:+.2f}".format(*row["interval"])
+        p = "-" if row["p"] is None else f"{row['p']:.2g}"
+        first = [row["task"], Path(row["model"]).name, f"{row['points']:+.2f}", interval]
+        rows.append([*first, row["gained"], row["lost"], p, *parts, row["verdict"]])
+    return rows
+
+
+def draw_change(found: dict[str, Any], path: Path) -> None:
+    """An SVG of each model's change over the base: by MMLU subject, or by task without MMLU."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["comparisons"] if row["percent"] is not None]
+    rows = [row for row in rows if "/" in row["task"]] or rows
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    if not rows:
+        return
+    height = 1.2 + 0.2 * len({row["task"] for row in rows})
+    figure = Figure(figsize=(6.5 * len(models), height), layout="constrained")
+    colours = {"better": "tab:blue", "worse": "tab:orange", SAME: "silver"}
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        bars = sorted((r for r in rows if r["model"] == model), key=lambda row: row["percent"])
+        tasks = [row["task"].removeprefix("mmlu/").replace("_", " ") for row in bars]
+        used = [colours[row["verdict"]] for row in bars]
+        axes.barh(tasks, [row["percent"] for row in bars], color=used)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.margins(y=0.01)
+        axes.set_xlabel(f"change over {Path(rows[0]['base']).name} in percent")
+        axes.set_title(f"{Path(model).name} (grey: {SAME})", fontsize=9)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "change"}):  # text; the same bytes
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Models x tasks -> scores -> change over the first model."""
     started = time.monotonic()
     args = parse_args(argv)
-    used = [*args.model, *filter(None, [args.adapter, args.contamination])]
-    check_output(args.out, args.overwrite, *map(Path, used))
+    vars(args).update(take_rank())
+    if nothing_to_resume(args):
+        return print(f"{args.out} is finished: nothing to resume")
+    used = [*args.model, *args.compare, args.adapter, args.contamination]
+    check_output(args.out, args.overwrite, *(Path(path) for path in used if path))
     flagged = flagged_questions(args.contamination)
+    runs = earlier_runs(args.compare)
+    check_same_questions(runs)
     import_harness()
-    check_models(args)
-    tasks = benchmark_tasks(args)
-    results: dict[str, list[Row]] = {}
-    with output_folder(args.out, args.overwrite):
+    pick_device(args)
+    files = check_models(args)
+    tasks = benchmark_tasks(args) if files else {}
+    if args.contamination and files and not args.rank:
+        warn_unchecked(args.contamination, flagged, tasks)
+    with nullcontext() if args.rank else output_folder(args.out, args.overwrite):
         for model in args.model:
-            lm = load_model(model, args)
-            folder = args.out / folder_name(model)
-            folder.mkdir(exist_ok=True)
-            for name, (prefix, task) in tasks.items():
-                print(f"scoring {model} on {name}", file=sys.stderr, flush=True)
-                result = {"model": model, **score_task(lm, name, prefix, task, args)}
-                write_file(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
-                results.setdefault(model, []).append(result)
-        table = write_results(args, results, flagged)
-        inputs = [*local_inputs(args), *(Path(path) for path in args.task)]
-        finish_run(args, inputs, started, models=args.model)
-    print(f"{table}\nwrote {args.out}. Next: python tui.py {args.out.parent}")
-
-
-def write_results(
-    args: argparse.Namespace, results: dict[str, list[Row]], flagged: set[str] | None
-) -> str:
-    """Write results.json and results.md; return the tables."""
-    scores = {"all questions": {m: summarise(r, set()) for m, r in results.items()}}
-    if flagged is not None:
-        scores["unflagged questions"] = {m: summarise(r, flagged) for m, r in results.items()}
-    write_file(args.out / "results.json", json.dumps(scores, indent=1) + "\n")
-    text = "\n\n".join(f"{t}:\n\n{results_table(s, bool(args.limit))}" for t, s in scores.items())
-    write_file(args.out / "results.md", text + "\n")
-    return text
+            add_run(runs, model, score_model(model, files[model], tasks, args))
+        if args.rank:
+            return None
+        text = write_results(args, runs, flagged)
+        inputs = [*local_inputs(args), *(Path(path) for path in args.task if Path(path).is_file())]
+        finish_run(args, inputs, started, models={m: r["about"] for m, r in runs.items()})
+    shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
+    print(f"{text}\n\nwrote {args.out}. Next: python tui.py {args.out.parent}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,255 @@
-"""Holds: scores are the harness's own; the package `evaluate` stays importable beside our script;
-means, changes and the split without flagged questions are what a hand computes."""
+"""Holds: shared prefixes give the harness's numbers, for every request, pack size, model and number
+of processes, with no token forwarded twice; a stopped run goes on to the same numbers and takes
+nothing of another model; comparisons are what scipy and a hand compute; bad input is one line."""
 
+import itertools
 import json
+import os
+import random
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import REAL_DATA, ROOT, WORLD, assert_refused, load_evaluate, run_script
 
 evaluate = load_evaluate()
 BASE = ROOT / "demo/base_model"
+WORLD_TASK = ["--tasks", "", "--task", str(ROOT / "demo/world.yaml")]
+SIZES = {"vocab_size": 900, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
+GPT2 = {"vocab_size": 900, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SERVED = {
+    "grouped-query": ("Llama", {"num_key_value_heads": 2}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "gpt2": ("GPT2", None),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+}
+NOT_SERVED = {
+    "a sliding window": ("Mistral", {"sliding_window": 8}),
+    "sliding_attention": ("Gemma2", {"sliding_window": 8, "head_dim": 8}),
+    "depend on the sequence's length": ("Llama", {"rope_parameters": {
+        "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    "does not take position_ids": ("Bloom", None),
+}  # fmt: skip
+
+
+# --- models and requests --------------------------------------------------------------------------
+
+
+def make_model(
+    folder: Path, kind: str = "Llama", sizes: dict | None = None, scale: float = 8
+) -> Path:
+    """A tiny random model whose attention matters, with the demo's tokenizer."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = GPT2 if kind in ("GPT2", "Bloom") else {**SIZES, **(sizes or {})}
+    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=1, eos_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, chunks: Path, **settings):
+    evaluate.import_harness()
+    settings = {"device": "cpu", "dtype": "float32", "batch_size": 4, **settings}
+    return evaluate.prefix_lm()(pretrained=str(folder), chunks=chunks, **settings)
+
+
+def stock_answers(lm, requests: list) -> list:
+    """The harness's own method on the same object."""
+    from lm_eval.models.huggingface import HFLM
+
+    raw = [(key, list(context), list(answer)) for key, context, answer in requests]
+    return HFLM._loglikelihood_tokens(lm, raw, disable_tqdm=True)
+
+
+def random_requests(rng: random.Random, count: int = 30, longest: int = 75) -> list:
+    """Branching at random depths; some equal, some too long, one-token contexts and answers."""
+
+    def ids(size: int) -> list[int]:
+        return [rng.randrange(3, 900) for _ in range(size)]
+
+    stems = [ids(rng.randrange(1, longest)) for _ in range(4)]
+    requests = []
+    for _ in range(count):
+        context = rng.choice(stems)[: rng.randrange(1, longest)] + ids(rng.choice([0, 0, 1, 9]))
+        for _ in range(rng.randrange(1, 5)):
+            requests.append((None, context, ids(rng.choice([1, 1, 2, 7]))))
+    return requests + rng.sample(requests, 5)
+
+
+def assert_close(ours: list, theirs: list, within: float = 1e-3) -> None:
+    for (a, greedy), (b, expected) in zip(ours, theirs, strict=True):
+        assert abs(a - b) <= within and greedy == expected, (a, b)
+
+
+def run(*args: object) -> None:
+    """The script in this process, as its own command: its imports are made once."""
+    before, sys.argv = sys.argv, ["evaluate.py"]
+    try:
+        evaluate.main([str(arg) for arg in args])
+    finally:
+        sys.argv = before
+
+
+def refused(*args: object) -> str:
+    """The one line that a user reads."""
+    with pytest.raises(evaluate.UserError) as error:
+        run(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- shared prefixes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_random_requests_score_as_in_the_harness(name: str, tmp_path, monkeypatch) -> None:
+    """Also with chunks of a few tokens: boundaries change nothing."""
+    lm = load(make_model(tmp_path / "model", *SERVED[name]), tmp_path / "chunks")
+    assert lm.why_stock == "" and lm.max_length == 64
+    rng = random.Random(name)
+    for pack in (8, 9, 31, 64, 500, 4096):
+        lm.scorer.pack = pack
+        monkeypatch.setattr(evaluate, "CHUNK_TOKENS", rng.choice([1, 100, 65_536]))
+        monkeypatch.setattr(evaluate, "CHUNK_SHARE", rng.choice([0, 200]))
+        requests = random_requests(rng)
+        theirs = stock_answers(lm, requests)
+        assert_close(lm._loglikelihood_tokens(requests), theirs, 1e-4)
+        assert any(greedy is False for _, greedy in theirs)
+    assert lm.truncated
+
+
+def test_greedy_answers_are_known(tmp_path) -> None:
+    lm = load(BASE, tmp_path / "chunks")
+    context = lm.tok_encode("Below is an instruction")
+    best = []
+    for _ in range(4):
+        logits = lm.model(torch.tensor([context + best])).logits[0, -1]
+        best.append(int(logits.argmax()))
+    answers = lm._loglikelihood_tokens([(None, context, best), (None, context, [*best[:3], 5])])
+    assert [greedy for _, greedy in answers] == [True, best[3] == 5]
+
+
+@pytest.mark.parametrize("reason", NOT_SERVED)
+def test_other_models_fall_back_and_say_so(reason: str, tmp_path, capsys) -> None:
+    folder = make_model(tmp_path / "model", *NOT_SERVED[reason])
+    lm = load(folder, tmp_path / "chunks")
+    assert reason in lm.why_stock
+    requests = random_requests(random.Random(reason), longest=40)
+    assert_close(lm._loglikelihood_tokens(requests), stock_answers(lm, requests), 1e-5)
+    if reason == "a sliding window":
+        args = ["--model", folder, *WORLD_TASK, "--limit", "4", "--out", tmp_path / "out"]
+        run(*args)
+        assert reason in capsys.readouterr().err
+        assert (
+            json.loads((tmp_path / "out/results.json").read_text())["models"][str(folder)]["path"]
+            == "stock"
+        )
+
+
+def test_a_model_that_takes_the_arguments_and_errs_is_found_out(tmp_path, monkeypatch) -> None:
+    folder = make_model(tmp_path / "model")
+    forward = evaluate.PrefixScorer.forward
+
+    def wrong(*args):
+        score, hit = forward(*args)
+        return score * 1.01, hit
+
+    monkeypatch.setattr(evaluate.PrefixScorer, "forward", wrong)
+    assert "differ" in load(folder, tmp_path / "chunks").why_stock
+
+
+def test_no_token_is_forwarded_twice(tmp_path, monkeypatch) -> None:
+    """Counted by the model itself, on real prompts in chunks: at most 1.01 x the trie's nodes."""
+    lm = load(BASE, tmp_path / "chunks")
+    monkeypatch.setattr(evaluate, "CHUNK_TOKENS", 2000)
+    pairs = [r.args for name in ("arc", "mmlu") for r in harness_requests(name, ROOT / "demo/data")]
+    raw = list(evaluate.encode_pairs(lm, pairs))
+    nodes = set()
+    for _, context, answer in raw:
+        ids = tuple(evaluate.to_request(context, answer, lm.max_length).ids.tolist())
+        nodes |= {hash(ids[:size]) for size in range(1, len(ids) + 1)}
+    seen = []
+    lm.model.get_input_embeddings().register_forward_hook(
+        lambda m, ids, out: seen.append(ids[0].numel())
+    )
+    lm._loglikelihood_tokens(raw)
+    assert len(list((tmp_path / "chunks").iterdir())) > 3
+    assert len(nodes) <= sum(seen) <= 1.01 * len(nodes)
+    assert lm.scorer.forwarded - 8 <= sum(seen)  # 8: the trial's
+
+
+def test_encoding_is_the_harnesss(tmp_path) -> None:
+    """Empty contexts, spaces at the end of a context, a text that brings its own BOS."""
+    lm = load(BASE, tmp_path / "chunks")
+    bos = lm.tokenizer.decode(lm.prefix_token_id)
+    pairs = [
+        ("Who is it?", " Ada"),
+        ("Who is it?  ", "Ada"),
+        ("", "Saltmere is a town"),
+        ("x\n\n", "y"),
+    ]
+    pairs += [
+        (f"{bos}Who", " is it"),
+        ("", f"{bos} starts"),
+        ("日本 ", "é"),
+        ("Who is it?", " Ada"),
+    ]
+    for (pair, context, answer), (text, choice) in zip(
+        evaluate.encode_pairs(lm, pairs), pairs, strict=True
+    ):
+        if text:
+            expected = lm._encode_pair(text, choice)
+        else:
+            ids = lm.tok_encode(choice, add_special_tokens=False)
+            own = ids[0] == lm.prefix_token_id
+            expected = (ids[:1], ids[1:]) if own else ([lm.prefix_token_id], ids)
+        assert pair == (text, choice)
+        assert (context.tolist(), answer.tolist()) == tuple(map(list, expected))
+
+
+def test_packs_halve_when_memory_is_short(tmp_path, monkeypatch) -> None:
+    lm = load(make_model(tmp_path / "model"), tmp_path / "chunks")
+    requests = random_requests(random.Random(1))
+    theirs, forward = stock_answers(lm, requests), lm.scorer.forward
+
+    def short_of_memory(trie, start, stop, cache, held):
+        found = forward(trie, start, stop, cache, held)  # the cache has grown when it fails
+        if stop - start > 24:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    lm.scorer.pack = 100
+    monkeypatch.setattr(lm.scorer, "forward", short_of_memory)
+    assert_close(lm._loglikelihood_tokens(requests), theirs, 1e-4)
+    assert lm.scorer.pack <= 25
+
+
+def harness_requests(name: str, local: Path, limit: int | None = None) -> list:
+    """The harness's requests of a benchmark, one task at a time; MMLU's with `limit` each."""
+    requests = []
+    args = evaluate.parse_args(["--model", "x", "--tasks", name, "--local", str(local)])
+    evaluate.import_harness()
+    for _, task in evaluate.benchmark_tasks(args).values():
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+        requests += task.instances
+    return requests
+
+
+# --- the harness ----------------------------------------------------------------------------------
 
 
 def test_the_package_of_the_same_name_is_found() -> None:
@@ -25,41 +265,45 @@ import lm_eval.tasks.squadv2.task  # a harness task that needs the package
     assert done.returncode == 0, done.stderr
 
 
-def result(task: str, prefix: str, acc: list[float], first: int = 0) -> dict:
-    questions = [{"test_id": f"{prefix}/{first + i}", "acc": value} for i, value in enumerate(acc)]
-    return {"task": task, "prefix": prefix, "questions": questions}
+METRIC = """
+import datasets
+import evaluate
+
+class ShareOfLetters(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        about = dict.fromkeys(["description", "citation", "inputs_description"], "")
+        features = datasets.Features({"predictions": text, "references": text})
+        return evaluate.MetricInfo(**about, features=features)
+
+    def _compute(self, predictions, references):
+        shares = [len(set(p) & set(r)) / len(set(r)) for p, r in zip(predictions, references)]
+        return {"share_of_letters": sum(shares) / len(shares)}
+"""
 
 
-def test_means_and_flagged_questions() -> None:
-    results = [
-        result("mmlu_anatomy", "mmlu/anatomy", [1, 0]),
-        result("mmlu_virology", "mmlu/virology", [1, 1, 1, 0, 1, 0, 1, 1]),
-        result("truthfulqa_mc1", "truthfulqa/all", [1, 0]),
-        result("truthfulqa_mc2", "truthfulqa/all", [0.5, 0.25]),
-    ]
-    everything = evaluate.summarise(results, set())
-    assert everything["mmlu"] == {
-        "questions": 10,
-        "tasks": 2,
-        "acc": pytest.approx(100 * (0.5 + 0.75) / 2),
-        "acc_weighted": pytest.approx(70),
-    }
-    assert everything["truthfulqa"]["mc1"] == 50 and everything["truthfulqa"]["mc2"] == 37.5
-    clean = evaluate.summarise(results, {"mmlu/anatomy/0", "mmlu/anatomy/1", "truthfulqa/all/0"})
-    assert clean["mmlu"]["acc"] == 75 and clean["mmlu"]["tasks"] == 1
-    assert clean["truthfulqa"] == {"questions": 1, "tasks": 2, "mc1": 0, "mc2": 25}
-
-
-def test_change_over_the_base() -> None:
-    base = {"world": {"questions": 4, "tasks": 1, "acc": 40.0}}
-    tuned = {"world": {"questions": 4, "tasks": 1, "acc": 50.0}}
-    text = evaluate.results_table({"a/base": base, "b/tuned": tuned}, partial=False)
-    cells = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
-    assert [float(c) if i > 2 else c for i, c in enumerate(cells)] == [
-        *("world", "acc", "4", 40.0, 50.0, 25.0, 10.0)
-    ]
-    base["world"]["acc"] = 0.0
-    assert " - " in evaluate.results_table({"base": base, "tuned": tuned}, partial=False)
+def test_a_task_with_a_hugging_face_metric_runs(tmp_path) -> None:
+    """It generates text; the metric is loaded by the package that our script's name hides."""
+    folder = tmp_path / "share_of_letters"
+    folder.mkdir()
+    (folder / "share_of_letters.py").write_text(METRIC)
+    text = (ROOT / "demo/world.yaml").read_text()
+    text = text.replace("world/test.jsonl", str(WORLD / "test.jsonl"))
+    text = text.replace("task: world", "task: letters").replace("multiple_choice", "generate_until")
+    text = text[: text.index("metric_list:")].replace("doc_to_choice: choices\n", "")
+    text = text.replace("doc_to_target: answer", 'doc_to_target: "{{choices[answer]}}"')
+    text += "generation_kwargs:\n  until: ['\\n']\n  max_gen_toks: 4\n"
+    text += f"metric_list:\n  - metric: {folder}\n"
+    text += "    hf_evaluate: true\n    aggregation: mean\n    higher_is_better: true\n"
+    (tmp_path / "letters.yaml").write_text(text)
+    args = ["--model", BASE, "--tasks", "", "--task", tmp_path / "letters.yaml", "--limit", "6"]
+    done = run_script("evaluate", *args, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "out" / evaluate.folder_name(str(BASE)) / "letters.json"
+    questions = json.loads(file.read_text())["questions"]
+    assert len(questions) == 6 and all(isinstance(q["responses"][0], str) for q in questions)
+    metric = [key for key in questions[0] if key not in evaluate.NO_METRIC]
+    assert len(metric) == 1 and 0 <= questions[0][metric[0]] <= 1
 
 
 @pytest.mark.parametrize("local", ["demo", "real"])
@@ -89,54 +333,644 @@ def test_prompts_are_the_harnesss(local: str, tmp_path) -> None:
     assert requests[1][0][0].count("Question: ") == 26
 
 
-def test_scores_equal_the_harness(tmp_path) -> None:
-    """One whole run of the script against lm_eval on the same model and task file."""
-    out = tmp_path / "eval"
-    task = ["--tasks", "", "--task", ROOT / "demo/world.yaml", "--limit", "24"]
-    done = run_script("evaluate", "--model", BASE, *task, "--out", out)
-    assert done.returncode == 0, done.stderr
-    ours = json.loads((out / evaluate.folder_name(str(BASE)) / "world.json").read_text())
-    evaluate.import_harness()
+def harness_scores(folder: Path, local: Path, subjects: list[str], limit: int) -> dict:
+    """{task: harness result} of lm_eval alone, a task at a time, nothing of ours but the rows."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = load_yaml(ROOT / "demo/world.yaml")
-    config["dataset_kwargs"] = {"data_files": {"test": str(WORLD / "test.jsonl")}}
-    lm = HFLM(pretrained=str(BASE), device="cpu", batch_size=1, logits_cache=False)
-    manager = TaskManager(include_defaults=False)
-    theirs = simple_evaluate(lm, tasks=[config], limit=24, task_manager=manager, bootstrap_iters=0)
-    samples = sorted(theirs["samples"]["world"], key=lambda sample: sample["doc_id"])
-    assert len(samples) == len(ours["questions"]) == 24
-    for sample, question in zip(samples, ours["questions"], strict=True):
-        expected = [response[0] for response in sample["filtered_resps"]]
-        assert question["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
-        assert question["acc"] == sample["acc"] and question["acc_norm"] == sample["acc_norm"]
-    scores = json.loads((out / "results.json").read_text())["all questions"][str(BASE)]
-    assert scores["world"]["acc"] == pytest.approx(100 * theirs["results"]["world"]["acc,none"])
+    args = evaluate.parse_args(["--model", "x", "--local", str(local)])
+    lm = HFLM(
+        pretrained=str(folder), device="cpu", dtype="float32", batch_size=4,
+        logits_cache=False, softmax_dtype="float32",
+    )  # fmt: skip
+    found = {}
+    for name, (_, task) in evaluate.benchmark_tasks(args).items():
+        if not name.startswith("mmlu_") or name.removeprefix("mmlu_") in subjects:
+            manager = TaskManager(include_defaults=False)
+            several = min(limit, 20) if name.startswith("mmlu_") else limit
+            found[name] = simple_evaluate(
+                lm, tasks=[task], limit=several, task_manager=manager, bootstrap_iters=0
+            )
+    return found
+
+
+def assert_equal_scores(out: Path, model: Path, theirs: dict) -> None:
+    """Every log-likelihood within 1e-3, every metric of every question equal (mc2 within 1e-5)."""
+    results = json.loads((out / "results.json").read_text())["all questions"][str(model)]
+    for name, expected in theirs.items():
+        ours = json.loads((out / evaluate.folder_name(str(model)) / f"{name}.json").read_text())
+        samples = sorted(expected["samples"][name], key=lambda sample: sample["doc_id"])
+        assert len(samples) == len(ours["questions"]) > 0
+        for sample, question in zip(samples, ours["questions"], strict=True):
+            values = [response[0] for response in sample["filtered_resps"]]
+            assert np.abs(np.array(question["log_likelihoods"]) - values).max() <= 1e-3
+            within = 1e-5 if name == "truthfulqa_mc2" else 0
+            for metric in sample["metrics"]:
+                assert abs(question[metric] - sample[metric]) <= within, (name, metric)
+        task = {"arc_challenge": "arc", "hellaswag": "hellaswag"}.get(name)
+        task = task or name.replace("mmlu_", "mmlu/").replace("truthfulqa_", "truthfulqa ")
+        for metric, value in expected["results"][name].items():
+            if metric in ("acc,none", "acc_norm,none"):
+                label = metric.removesuffix(",none")
+                place = task.split(" ") if " " in task else (task, label)
+                assert results[place[0]][place[1]] == pytest.approx(100 * value, abs=1e-3)
+
+
+def test_scores_equal_the_harness_on_the_demo(tmp_path) -> None:
+    """A whole run of the script against lm_eval alone, on all four benchmarks."""
+    out, local = tmp_path / "eval", ROOT / "demo/data"
+    subjects = [p.name.removesuffix("_test.csv") for p in (local / "mmlu/test").iterdir()]
+    run("--model", BASE, "--local", local, "--dtype", "float32", "--limit", 3, "--out", out)
+    theirs = harness_scores(BASE, local, subjects, 3)
+    assert len(theirs) == 4 + len(subjects)
+    assert_equal_scores(out, BASE, theirs)
     assert "(partial)" in (out / "results.md").read_text()
     assert json.loads((out / "run.json").read_text())["partial"] is True
 
 
-def test_bad_input_is_refused(tmp_path) -> None:
+REAL_SUBJECTS = [  # from short to long questions: 60 to 500 tokens
+    "abstract_algebra", "high_school_computer_science", "moral_scenarios", "professional_law",
+    "high_school_european_history", "anatomy",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real data is not there")
+def test_scores_equal_the_harness_on_real_rows(tmp_path) -> None:
+    """100 questions of each benchmark, 120 of MMLU, some contexts longer than the model."""
+    local, model = tmp_path / "data", make_real_model(tmp_path / "model")
+    for name in ("arc", "hellaswag", "truthfulqa"):
+        (local / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(REAL_DATA / name, local / name)
+    for split in ("dev", "test"):
+        (local / "mmlu" / split).mkdir(parents=True)
+        for subject in REAL_SUBJECTS:
+            file = f"mmlu/{split}/{subject}_{split}.csv"
+            shutil.copy(REAL_DATA / file, local / file)
+    args = ["--model", model, "--local", local, "--limit"]
+    theirs = harness_scores(model, local, REAL_SUBJECTS, 100)
+    run_all = [[*args, 100, "--tasks", "arc,hellaswag,truthfulqa"], [*args, 20, "--tasks", "mmlu"]]
+    for number, flags in enumerate(run_all):
+        run(*flags, "--out", tmp_path / f"eval{number}")
+        here = {n: r for n, r in theirs.items() if n.startswith("mmlu_") is bool(number)}
+        assert_equal_scores(tmp_path / f"eval{number}", model, here)
+    tasks = json.loads((tmp_path / "eval1/results.json").read_text())["tasks"]
+    cut = tasks["mmlu/high_school_european_history"]["truncated"][str(model)]
+    assert cut > 0 and tasks["mmlu"]["truncated"][str(model)] >= cut
+
+
+def make_real_model(folder: Path) -> Path:
+    """A Llama of 2 layers with a byte-level BPE of 2,000 tokens made of MMLU's questions."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    files = [str(path) for path in sorted((REAL_DATA / "mmlu/test").glob("*.csv"))]
+    bpe.train(files, vocab_size=2000, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 2000, "hidden_size": 64, "max_position_embeddings": 2560}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --- going on, several processes ------------------------------------------------------------------
+
+KILLS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from conftest import load_evaluate
+evaluate = load_evaluate()
+evaluate.import_harness()
+import datasets, lm_eval, matplotlib.figure, peft, transformers  # once, for every child
+out, chunk, *args = sys.argv[1:]
+evaluate.CHUNK_TOKENS = int(chunk)
+sys.argv = ["evaluate.py"]
+
+def child():
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        try:
+            evaluate.main([*args, "--out", out])
+        except BaseException as error:
+            Path(out + ".error").write_text(repr(error))
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+def finish(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+began = time.monotonic()
+assert finish(child()) == 0, Path(out + ".error").read_text()
+whole = time.monotonic() - began
+os.rename(out, out + ".uninterrupted")
+rng, kept = random.Random(0), []
+for trial in range(10):
+    pid = child()
+    time.sleep(whole * rng.uniform(0.3, 1) / (1 + trial / 6))
+    os.kill(pid, signal.SIGKILL)
+    finish(pid)
+    if Path(out, "run.json").exists() and not Path(out, ".unfinished").exists():
+        os.rename(out, f"{out}.{trial}")
+        kept.append("finished")
+    else:
+        kept.append(len(list(evaluate.chunk_folder(Path(out)).glob("*.json"))))
+assert finish(child()) == 0, Path(out + ".error").read_text()
+print(json.dumps(kept))
+"""
+
+
+def run_code(code: str, *args: object) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
+
+
+def numbers(out: Path) -> dict:
+    """All that a run found, without what a clock decides."""
+    found = {"results": json.loads((out / "results.json").read_text())}
+    for path in sorted(out.glob("*/*.json")):
+        found[path.name] = json.loads(path.read_text())
+        found[path.name].pop("benchmark_seconds")
+    return found
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_the_numbers_are_the_same(tmp_path) -> None:
+    out = tmp_path / "eval"
+    args = ["--model", BASE, "--local", ROOT / "demo/data", "--task", ROOT / "demo/world.yaml"]
+    done = run_code(KILLS, out, 1500, *args)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads(done.stdout)
+    counts = [count for count in kept if count != "finished"]
+    assert any(counts) and counts == sorted(counts) or "finished" in kept, kept  # it went on
+    assert numbers(out) == numbers(tmp_path / "eval.uninterrupted")
+    assert not evaluate.chunk_folder(out).exists()
+    names = {path.name for path in out.rglob("*")}
+    assert not [name for name in names if name.startswith(".")]
+    outputs = json.loads((out / "run.json").read_text())["outputs"]
+    assert {Path(name).name for name in outputs} == {p.name for p in out.rglob("*.*")} - {
+        "run.json"
+    }
+
+
+def test_nothing_is_scored_twice_and_nothing_of_another_model_is_taken(tmp_path) -> None:
+    requests = random_requests(random.Random(3), longest=40)
+    first = load(make_model(tmp_path / "a"), tmp_path / "chunks", sha256="a")
+    theirs = first._loglikelihood_tokens(requests)
+    again = load(tmp_path / "a", tmp_path / "chunks", sha256="a")
+    again.scorer = None  # it must not be needed
+    assert again._loglikelihood_tokens(requests) == theirs
+    other = load(make_model(tmp_path / "b", scale=2), tmp_path / "chunks", sha256="b")
+    assert other._loglikelihood_tokens(requests) != theirs
+    assert_close(other._loglikelihood_tokens(requests), stock_answers(other, requests), 1e-4)
+
+
+def test_what_tells_models_apart(tmp_path) -> None:
+    """Weights, tokenizer, dtype, quantisation, adapter and the way of the forward pass."""
+    model = make_model(tmp_path / "model")
+
+    def key(*flags: str) -> str:
+        args = evaluate.parse_args(["--model", str(model), "--tasks", "arc", *flags])
+        vars(args).update(evaluate.take_rank())
+        return evaluate.load_model(str(model), evaluate.check_models(args)[str(model)], args).sha256
+
+    keys = [key(), key("--dtype", "bfloat16"), key("--stock"), key("--stock", "--batch-size", "2")]
+    file = model / "tokenizer_config.json"
+    file.write_text(file.read_text() + " ")
+    keys.append(key())
+    make_model(tmp_path / "model", scale=7)
+    keys.append(key())
+    assert len(set(keys)) == len(keys) and key() == key() == keys[-1]
+
+
+IN_SMALL_CHUNKS = """
+import os, sys
+from conftest import load_evaluate
+evaluate = load_evaluate()
+evaluate.CHUNK_TOKENS, rank, scored = 1500, os.environ.get("RANK"), evaluate.PrefixScorer.__call__
+
+def call(self, *rest):
+    print("chunk by", rank, file=sys.stderr)
+    return scored(self, *rest)
+
+evaluate.PrefixScorer.__call__ = call
+sys.argv[0] = "evaluate.py"
+evaluate.run_main(evaluate.main)
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_find_what_one_finds(tmp_path) -> None:
+    args = ["--model", BASE, "--local", ROOT / "demo/data", "--task", ROOT / "demo/world.yaml"]
+    script = tmp_path / "in_small_chunks.py"
+    script.write_text(IN_SMALL_CHUNKS)
+    one, two = tmp_path / "one", tmp_path / "two"
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29577, "--"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests")}
+    for start, out in ([], one), (torchrun, two):
+        command = [str(part) for part in [sys.executable, *start, script, *args, "--out", out]]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert numbers(one) == numbers(two)
+    by_rank = [done.stderr.count(f"chunk by {rank}") for rank in (0, 1)]
+    assert min(by_rank) > 3 and abs(by_rank[0] - by_rank[1]) <= 6, by_rank  # 6 calls of _tokens
+    assert done.stdout.count("wrote") == 1
+
+
+def test_resume(tmp_path, capsys) -> None:
+    args = ["--model", BASE, *WORLD_TASK, "--limit", "4", "--out", tmp_path / "out"]
+    assert "leave the flag out" in refused(*args, "--resume")
+    run(*args)
+    assert "--overwrite" in refused(*args)
+    run(*args, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
+    run(*args, "--overwrite")
+
+
+def test_progress_tells_rate_and_time_left(monkeypatch, capsys) -> None:
+    """A line at most every 10 s where there is no terminal; one process of several speaks."""
+    from types import SimpleNamespace
+
+    said = []
+    for rank, step in ((0, 6), (1, 6), (0, 0)):  # the last: no time goes by
+        clock = itertools.count(0, step)
+        monkeypatch.setattr(evaluate.time, "monotonic", lambda clock=clock: next(clock))
+        lm = SimpleNamespace(label="m on arc", place=lambda n: ("arc", n // 4), shard=(rank, 2))
+        with evaluate.progress(lm, [None] * 40, 400) as advance:
+            for _ in range(4):
+                advance(50)
+        said.append(capsys.readouterr().err.splitlines())
+    assert said[0] and not said[1] and not said[2]
+    assert said[0][0].startswith("m on arc: ") and "questions/s, ETA" in said[0][0]
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def result(task: str, prefix: str, acc: list[float], metric: str = "acc", first: int = 0) -> dict:
+    questions = [{"test_id": f"{prefix}/{first + i}", metric: v} for i, v in enumerate(acc)]
+    about = {"task": task, "prefix": prefix, "limit": None, "truncated": 0, "harness": {}}
+    return {**about, "prompts_sha256": task, "questions": questions}
+
+
+def test_means_and_chosen_questions() -> None:
+    results = [
+        result("mmlu_anatomy", "mmlu/anatomy", [1, 0]),
+        result("mmlu_virology", "mmlu/virology", [1, 1, 1, 0, 1, 0, 1, 1]),
+        result("truthfulqa_mc1", "truthfulqa/all", [1, 0]),
+        result("truthfulqa_mc2", "truthfulqa/all", [0.5, 0.25]),
+    ]
+    everything = evaluate.summarise(results)
+    assert everything["mmlu"] == {
+        "questions": 10,
+        "tasks": 2,
+        "acc": pytest.approx(100 * (0.5 + 0.75) / 2),
+        "acc_weighted": pytest.approx(70),
+    }
+    assert everything["mmlu/virology"] == {"questions": 8, "tasks": 1, "acc": 75}
+    assert everything["truthfulqa"] == {"questions": 2, "tasks": 1, "mc1": 50, "mc2": 37.5}
+    leaked = {"mmlu/anatomy/0", "mmlu/anatomy/1", "truthfulqa/all/0"}
+    clean = evaluate.summarise(results, lambda test_id: test_id not in leaked)
+    assert clean["mmlu"]["acc"] == 75 and clean["mmlu"]["tasks"] == 1
+    assert clean["truthfulqa"] == {"questions": 1, "tasks": 1, "mc1": 0, "mc2": 25}
+    assert "mmlu/anatomy" not in clean
+
+
+def write_both(tmp_path: Path, base: list, tuned: list, flagged=None, paper=False) -> dict:
+    """results.json of two made-up models, and results.md's text under "text"."""
+    runs = {name: {"about": {"folder": name, "adapter": None}, "results": results}
+            for name, results in (("base", base), ("x/tuned", tuned))}  # fmt: skip
+    args = evaluate.parse_args(["--model", "x", "--tasks", "arc", *["--paper"] * paper])
+    args.out = tmp_path
+    text = evaluate.write_results(args, runs, flagged)
+    return {**json.loads((tmp_path / "results.json").read_text()), "text": text}
+
+
+def table(text: str, title: str) -> dict[str, list[str]]:
+    """The rows of the Markdown table below the line that holds `title`, by first cell."""
+    lines = text[text.index(title) :].split("\n\n")[1].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_change_in_percent_is_what_a_hand_computes(tmp_path) -> None:
+    """In the form of Tables 5 and 7, beside the paper's own columns."""
+    base = [
+        result("arc_challenge", "arc/all", [1, 1, 0, 0, 0], "acc_norm"),  # 40 %
+        result("mmlu_anatomy", "mmlu/anatomy", [1, 0, 1, 0]),  # 50
+        result("mmlu_virology", "mmlu/virology", [0, 0, 0, 1, 0]),  # 20, so mmlu 35
+        result("truthfulqa_mc1", "truthfulqa/all", [1, 0]),
+        result("truthfulqa_mc2", "truthfulqa/all", [0.5, 0.3]),  # 40
+        result("zero", "zero/all", [0, 0]),
+    ]
+    tuned = [
+        result("arc_challenge", "arc/all", [1, 1, 1, 0, 0], "acc_norm"),  # 60: + 50 %
+        result("mmlu_anatomy", "mmlu/anatomy", [1, 0, 0, 0]),  # 25: - 50 %
+        result("mmlu_virology", "mmlu/virology", [1, 1, 0, 1, 1]),  # 80: + 300 %; mmlu 52.5: + 50 %
+        result("truthfulqa_mc1", "truthfulqa/all", [1, 1]),
+        result("truthfulqa_mc2", "truthfulqa/all", [0.55, 0.27]),  # 41: + 2.5 %
+        result("zero", "zero/all", [1, 0]),  # of nothing there is no percentage
+    ]
+    found = write_both(tmp_path, base, tuned, paper=True)
+    five, seven = table(found["text"], "Table 5"), table(found["text"], "Table 7")
+    assert five["task"][:2] == ["tuned", "Camel-Platypus2-13B"] and len(five["task"]) == 6
+    assert five["arc"] == ["+50.00 (=)", "-0.14", "+1.10", "+1.08", "+1.10", "+4.12"]
+    assert five["hellaswag"] == ["-", "-0.06", "+0.02", "+0.06", "-0.14", "-0.24"]
+    assert five["mmlu"] == ["+50.00 (=)", *"-----"]
+    assert five["truthfulqa"][:2] == ["+2.50 (=)", "+4.33"] and five["zero"][0] == "-"
+    assert seven["anatomy"][:2] == ["-50.00 (=)", "-6.67"]
+    assert seven["virology"][0] in ("+300.00", "+300.00 (=)") and len(seven) == 2 + 57
+    points = {row["task"]: row["points"] for row in found["comparisons"]}
+    assert points["mmlu"] == pytest.approx(17.5) and points["truthfulqa"] == pytest.approx(1)
+    arc = next(row for row in found["comparisons"] if row["task"] == "arc")
+    assert arc["flips"] == [{"test_id": "arc/all/2", "base": 0, "model": 1}]
+    assert (arc["gained"], arc["lost"], arc["p"], arc["verdict"]) == (1, 0, 1.0, evaluate.SAME)
+    assert "not distinguishable" in found["text"]
+    svg = (tmp_path / "change.svg").read_text()
+    assert svg.lstrip().startswith("<?xml") and "<svg" in svg
+
+
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the paper's tables are not there")
+def test_the_papers_columns_are_its_tables() -> None:
+    import csv
+
+    def read(path: Path) -> list[list[str]]:
+        return list(csv.reader(path.open(encoding="utf-8", newline="")))
+
+    folder = REAL_DATA.parent / "paper"
+    rows = (
+        read(folder / "table5_percent_change.csv")
+        + read(folder / "table7_mmlu_percent_change.csv")[1:]
+    )
+    assert [row[1:] for row in read(evaluate.PAPER)] == [row[1:] for row in rows]
+    tasks = [row[0].removeprefix("mmlu/") for row in read(evaluate.PAPER)][1:]
+    other = {"arc": "arc_challenge", "truthfulqa": "truthfulqa_mc"}
+    assert [other.get(task, task) for task in tasks] == [row[0] for row in rows][1:]
+
+
+def test_tests_are_scipys() -> None:
+    from scipy import stats
+
+    for gained, lost in itertools.product((0, 1, 2, 5, 17, 400), repeat=2):
+        expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        assert evaluate.mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)
+    rng = np.random.default_rng(1)
+    for values in (rng.choice([-1, 0, 0, 0, 1], 300), rng.normal(0.2, 1, 200)):
+        theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=2)
+        low, high = evaluate.bootstrap([values])
+        width = high - low
+        assert abs(low - theirs.confidence_interval.low) < 0.04 * width
+        assert abs(high - theirs.confidence_interval.high) < 0.04 * width
+    groups = [rng.normal(0, 1, 40), rng.normal(1, 3, 10)]  # means of groups weigh the same
+
+    def mean_of_means(a, b, axis):
+        return (a.mean(axis) + b.mean(axis)) / 2
+
+    theirs = stats.bootstrap(
+        groups, mean_of_means, method="percentile", n_resamples=20_000, vectorized=True, rng=3
+    ).confidence_interval
+    low, high = evaluate.bootstrap(groups)
+    assert abs(low - theirs.low) + abs(high - theirs.high) < 0.06 * (high - low)
+
+
+def test_verdicts_and_what_only_flagged_questions_gain(tmp_path) -> None:
+    """30 leaked questions are all learnt, 70 others stay as they are: the split tells."""
+    base = [result("arc_challenge", "arc/all", [0] * 30 + [1, 0] * 35, "acc_norm")]
+    tuned = [result("arc_challenge", "arc/all", [1] * 30 + [1, 0] * 35, "acc_norm")]
+    flagged = {f"arc/all/{i}" for i in range(30)} | {"mmlu/anatomy/3"}
+    found = write_both(tmp_path, base, tuned, flagged)
+    row = found["comparisons"][0]
+    assert row["verdict"] == "better" and row["p"] == 2 * 0.5**30 and row["gained"] == 30
+    assert (row["points"], row["points_unflagged"], row["points_flagged"]) == (30, 0, 100)
+    assert row["interval"][0] > 20 and row["interval"][1] < 40
+    assert found["tasks"]["arc"]["flagged"] == 30
+    assert found["unflagged questions"]["x/tuned"]["arc"] == {
+        "questions": 70,
+        "tasks": 1,
+        "acc_norm": 50,
+    }
+    assert table(found["text"], "unflagged questions")["arc"][1:] == [
+        "70",
+        "50.00 (+15.00)",
+        "50.00 (-15.00)",
+    ]
+    tests = table(found["text"], "same questions")["arc"]
+    assert tests[-3:] == ["+0.00", "+100.00", "better"] and "worse" not in found["text"]
+    worse = write_both(tmp_path, tuned, base, set())
+    assert worse["comparisons"][0]["verdict"] == "worse"
+    assert worse["comparisons"][0]["points_flagged"] is None
+    assert worse["tasks"]["arc"]["flagged"] == 0
+
+
+def test_compare_finished_folders(tmp_path) -> None:
+    """Two runs beside each other; an adapter beside its base; other questions are refused."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(BASE),
+        LoraConfig(target_modules=["up_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    args = ["--model", BASE, *WORLD_TASK, "--limit", "40"]
+    run(*args, "--out", tmp_path / "a")
+    adapter = [*args, "--adapter", tmp_path / "adapter"]
+    run(*adapter, "--out", tmp_path / "b")
+    run("--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c")
+    found = json.loads((tmp_path / "c/results.json").read_text())
+    tuned = f"{BASE} + {tmp_path / 'adapter'}"
+    assert list(found["models"]) == [str(BASE), tuned]
+    alone = json.loads((tmp_path / "b/results.json").read_text())["all questions"][str(BASE)]
+    assert found["all questions"][tuned] == alone != found["all questions"][str(BASE)]
+    # unmerged equals merged
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, tmp_path / "merged")
+    merged = ["--model", tmp_path / "merged", *args[2:]]
+    run(*merged, "--compare", tmp_path / "b", "--out", tmp_path / "d")
+    row = json.loads((tmp_path / "d/results.json").read_text())["comparisons"][0]
+    assert (row["base"], row["model"], row["flips"]) == (str(BASE), str(tmp_path / "merged"), [])
+    three = ["--compare", tmp_path / "a", tmp_path / "b", tmp_path / "a", "--out"]
+    run(*three, tmp_path / "again")  # one base, though it is there twice
+    assert json.loads((tmp_path / "again/results.json").read_text())["models"] == found["models"]
+    assert "name what it compared" in refused("--compare", tmp_path / "c", "--out", tmp_path / "f")
+    fewer = [*args[:-1], "30", "--out", tmp_path / "e"]
+    run(*fewer)
+    line = refused("--compare", tmp_path / "a", tmp_path / "e", "--out", tmp_path / "f")
+    assert "world" in line and "--limit" in line
+    assert "evaluate" in refused("--compare", tmp_path, "--out", tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_4_bit_weights_and_half_precision(tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    args = ["--model", BASE, *WORLD_TASK, "--limit", "8"]
+    for flags in (["--load-in-4bit"], ["--dtype", "bfloat16"]):
+        run(*args, *flags, "--out", tmp_path / flags[0])
+    about = json.loads((tmp_path / "--load-in-4bit/results.json").read_text())["models"][str(BASE)]
+    assert about["load_in_4bit"] is True and about["path"] == "prefix"
+    about = json.loads((tmp_path / "--dtype/results.json").read_text())["models"][str(BASE)]
+    assert about["dtype"] == "bfloat16"
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_bad_flags_are_refused(tmp_path) -> None:
     out = tmp_path / "out"
     base = ["--model", BASE, "--out", out]
     assert_refused(run_script("evaluate", *base, "--tasks", "arcs"), "arcs")
-    assert_refused(run_script("evaluate", *base, "--task", "none.yaml"), "none.yaml")
-    assert_refused(run_script("evaluate", *base, "--tasks", ""), "no task")
     assert_refused(run_script("evaluate", "--out", out, cwd=tmp_path), "out/merged", "merge.py")
-    task = ["--tasks", "", "--task", ROOT / "demo/world.yaml"]
-    assert_refused(run_script("evaluate", "--model", tmp_path, *task, "--out", out), "--model")
-    assert_refused(run_script("evaluate", *base, *task, "--contamination", tmp_path), "pairs.jsonl")
+    assert "none.yaml" in refused(*base, "--task", "none.yaml")
+    assert "no task" in refused(*base, "--tasks", "")
+    assert "batch-size" in refused(*base, "--batch-size", "0")
+    assert "is not a folder" in refused(*base, "--local", tmp_path / "nothing")
+    assert "cuda" in refused(*base, *WORLD_TASK, "--device", "cuda") or torch.cuda.is_available()
+    assert "banana" in refused(*base, *WORLD_TASK, "--device", "banana")
+    assert "pairs.jsonl" in refused(*base, *WORLD_TASK, "--contamination", tmp_path)
+    assert "no_such_task" in refused(*base, "--tasks", "", "--task", "no_such_task")
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: x\ndataset_path: [json\n")
-    assert_refused(run_script("evaluate", *base, "--tasks", "", "--task", broken), "broken.yaml")
-    few = tmp_path / "data/arc"
-    few.mkdir(parents=True)
-    for split in ("train", "test"):
-        lines = (ROOT / f"demo/data/arc/ARC-Challenge-{split}.jsonl").read_text().splitlines()
-        (few / f"ARC-Challenge-{split}.jsonl").write_text("\n".join(lines[:9]) + "\n")
-    args = [*base, "--tasks", "arc", "--local", tmp_path / "data"]
-    assert_refused(run_script("evaluate", *args), "9 few-shot rows, 25 needed")
+    assert "broken.yaml" in refused(*base, "--tasks", "", "--task", broken)
     assert not out.exists()
+
+
+def test_bad_models_are_refused(tmp_path) -> None:
+    """Also the second of two, before the first is scored; no hint at the hub for a local folder."""
+    out, good = tmp_path / "out", make_model(tmp_path / "good")
+    flags = [*WORLD_TASK, "--out", out]
+
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(good, tmp_path / name))
+
+    both = ["--model", good, "--model"]
+    assert "there twice" in refused(*both, f"{good}/../good", *flags)
+    assert "there twice" in refused(*both, good, *flags)
+    (tmp_path / "x/a").mkdir(parents=True)
+    shutil.copytree(good, tmp_path / "x/a/b")
+    shutil.copytree(good, tmp_path / "x/a__b")
+    alike = ["--model", tmp_path / "x/a/b", "--model", tmp_path / "x/a__b"]
+    assert "results folder" in refused(*alike, *flags)
+    folder = broken("truncated")
+    (folder / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:-99])
+    line = refused(*both, folder, *flags)
+    assert "truncated/model.safetensors" in line and "cut short" in line and "HF_TOKEN" not in line
+    folder = broken("no_tokenizer")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "no_tokenizer" in (line := refused(*both, folder, *flags)) and "tokenizer" in line
+    assert "HF_TOKEN" not in line
+    folder = broken("config")
+    (folder / "config.json").write_text("{")
+    assert "config.json" in refused(*both, folder, *flags)
+    assert "config.json" in refused("--model", tmp_path, *flags)
+    folder = broken("shape")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    assert "shape" in refused("--model", folder, *flags)
+    shutil.rmtree(out)  # it is found while the model is loaded: .unfinished stays
+    assert "adapter_config.json" in refused("--model", good, "--adapter", good, *flags)
+    assert "missing" in refused("--model", good, "--adapter", tmp_path / "none", *flags)
+    folder = broken("changed")  # a merged folder's run.json lists its files
+    listed = {"model.safetensors": {"sha256": "0" * 64}}
+    (folder / "run.json").write_text(json.dumps({"step": "merge", "outputs": listed}))
+    assert "changed after" in refused("--model", folder, *flags)
+    (folder / "run.json").write_text("{")  # edited by hand: it says nothing
+    evaluate.check_folder("--model", str(folder))
+    (folder / ".unfinished").write_text("python merge.py")
+    assert "unfinished" in refused("--model", folder, *flags)
+    assert not out.exists()
+
+
+def test_numbers_that_are_none_are_refused(tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = make_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    line = refused("--model", model, *WORLD_TASK, "--limit", "3", "--out", tmp_path / "out")
+    assert "world, question" in line and "nan" in line and str(model) in line
+
+
+def test_bad_benchmark_files_are_refused(tmp_path) -> None:
+    """The line names benchmark, row and what is wrong with it."""
+    import csv
+
+    demo, local = ROOT / "demo/data", tmp_path / "data"
+
+    def line(name: str, file: str, change) -> str:
+        shutil.rmtree(local, ignore_errors=True)
+        shutil.copytree(demo / name, local / name)
+        path = local / name / file
+        if path.suffix == ".json":
+            path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(text) for text in path.read_text().splitlines()]
+            path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+        else:
+            path.unlink()
+        args = ["--model", BASE, "--tasks", name, "--local", local, "--out", tmp_path / "out"]
+        return refused(*args)
+
+    def first(**new):
+        return lambda rows: [
+            {k: v for k, v in {**rows[0], **new}.items() if v != "gone"},
+            *rows[1:],
+        ]
+
+    def last(**new):
+        return lambda rows: [
+            *rows[:-1],
+            {k: v for k, v in {**rows[-1], **new}.items() if v != "gone"},
+        ]
+
+    arc, swag, truth = (
+        "ARC-Challenge-test.jsonl",
+        "hellaswag_1000_original_format.jsonl",
+        "mc_task.json",
+    )
+    assert "arc/all has no questions" in line("arc", arc, lambda rows: [])
+    found = line("arc", "ARC-Challenge-train.jsonl", lambda rows: rows[:9])
+    assert "9 few-shot rows, 25 needed" in found
+    assert "arc/all: scored row 0" in line("arc", arc, first(answerKey="Z"))
+    assert "arc/all: scored row 0" in line(
+        "arc", arc, first(choices={"text": ["a"], "label": "gone"})
+    )
+    assert "'answerKey'" in line("arc", arc, first(answerKey="gone"))
+    found = line("hellaswag", swag, last(activity_label="gone"))
+    assert "hellaswag/all: scored row" in found and "'activity_label'" in found
+    assert "few-shot row 0" in line("hellaswag", swag, first(label=7))
+    assert "scored row" in line("hellaswag", swag, last(endings=[]))
+    found = line("truthfulqa", truth, first(mc2_targets={}))
+    assert "truthfulqa/all: scored row 0" in found and "mc2_targets" in found
+    assert "mc1_targets" in line("truthfulqa", truth, first(mc1_targets={}))
+    assert "mc2_targets" in line("truthfulqa", truth, first(mc2_targets={"yes": 1}))
+    subject = next((demo / "mmlu/test").iterdir()).name
+    dev = f"dev/{subject.replace('_test', '_dev')}"
+    assert "missing" in line("mmlu", dev, None)
+    assert not (tmp_path / "out").exists()
+    assert csv  # the layouts' own tests are step 2's
+
+
+def test_a_contamination_folder_of_other_benchmarks_is_named(tmp_path, capsys) -> None:
+    pair = {"pair_id": "p", "test_id": "arc/all/3"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    args = ["--model", BASE, *WORLD_TASK, "--limit", "4", "--contamination", tmp_path]
+    run(*args, "--out", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "warning" in said and "world" in said and "arc" in said
