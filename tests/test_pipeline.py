@@ -167,5 +167,4 @@ def test_a_full_disk_is_one_line(demo, tmp_path) -> None:
     limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *command]  # 8 kB a file
     done = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT)
     assert_refused(done, "File too large")
-    assert not (folder / "run.json").exists() and (folder / ".unfinished").exists()
-    assert [p.name for p in folder.iterdir()] == [".unfinished"]
+    assert not folder.exists()  # vectors did not fit beside the cache: nothing was begun
