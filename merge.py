@@ -11,7 +11,7 @@ tokenizer and shards, a model card (README.md) and run.json.
 
 The model is never loaded: its tensors are read, changed where an adapter says so, and written in
 blocks of rows. Time: a small multiple of copying the base (benchmarks/merge.py); memory: some
-blocks beside torch, whatever the model's size. One adapter of weight 1 gives the bits of PEFT's
+blocks beside torch (measured: README.md). One adapter of weight 1 gives the bits of PEFT's
 merge_and_unload; several give the exact weighted sum of their changes, rounded once. Then sampled
 rows of every changed tensor are computed again, every other tensor is compared byte by byte, and
 only then does the folder get its name. Kinds of LoRA that are not W + scale * B @ A are refused.
