@@ -7,15 +7,15 @@ log-likelihoods, results.json, results.md, change.svg, run.json.
     python evaluate.py --model demo/base_model --tasks arc --local demo/data --limit 5 --out out/e
     python evaluate.py --model meta-llama/Llama-2-7b-hf --adapter out/adapter --tasks mmlu
     python evaluate.py
-    torchrun --nproc-per-node 4 evaluate.py --contamination out/contamination --paper
+    torchrun --nproc-per-node 4 -- evaluate.py --contamination out/contamination --paper
     python evaluate.py --compare out/eval_base out/eval_tuned --out out/compare
 
 Prompts, few-shot examples and metrics are lm-evaluation-harness's: ARC-Challenge 25-shot,
 HellaSwag 10-shot, MMLU 5-shot (plain mean of subjects), TruthfulQA 0-shot. The forward pass is
 ours: every prefix that prompts share is computed once, a quarter of the harness's tokens. Without
 --model it scores the base of out/merged and then out/merged. A run that was stopped goes on where
-it stopped when the same command is given again. Time on a GPU: not measured; on 2 CPU cores see
-README.md. Memory: the model, and one pack of new tokens beside one path of the trie.
+it stopped when the same command is given again. Time: on a CPU see README.md, on a GPU not
+measured. Memory: the model, and one pack of new tokens beside one path of the trie.
 It scores choices by likelihood; tasks that generate text run at the harness's own speed.
 """
 
