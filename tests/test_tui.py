@@ -26,7 +26,7 @@ from conftest import ROOT, assert_refused, run_script
 
 import check_contamination as check
 import tui
-from build_dataset import sha256_of
+from build_dataset import UserError, sha256_of
 
 HOSTILE = [
     *(
@@ -1003,4 +1003,5 @@ def test_no_json_in_any_file_stops_it(folder) -> None:
             (folder / name / "run.json").write_text(json.dumps(scramble(run)))
             (folder / name / "apply.json").write_text(json.dumps(rng.choice(values)))
         drive(folder, [*"1jjdaeu", "escape", *"2cccl3oo4"], size=(150, 45))
-        assert run_script("tui", folder).returncode in (0, 2)
+        with contextlib.suppress(UserError):  # a results.json that is none
+            assert "flagged pairs" in tui.summary(folder)
