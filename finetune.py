@@ -39,7 +39,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from build_dataset import (
     UNFINISHED,
@@ -865,6 +865,14 @@ def look(run: Run, step: int) -> None:
     model.train()
 
 
+def leave(run: Run, step: int) -> NoReturn:
+    """End the process as the signal asked, its checkpoint on disk."""
+    signum = signal.Signals(run.stop.signum or signal.SIGTERM)
+    run.log(step, "stop", why=signum.name)
+    say(f"stopped by {signum.name} after step {step}; go on with --resume")
+    sys.exit(128 + signum)
+
+
 def train(run: Run) -> None:
     """Run the steps that are left; a signal ends the process after a checkpoint."""
     import torch
@@ -904,10 +912,7 @@ def train(run: Run) -> None:
             if RANK == 0 and (stop or step % args.save_every == 0 or step == run.steps):
                 save_checkpoint(run, optimizer, step)
             if stop:
-                signum = signal.Signals(run.stop.signum or signal.SIGTERM)
-                run.log(step, "stop", why=signum.name)
-                say(f"stopped by {signum.name} after step {step}; go on with --resume")
-                sys.exit(128 + signum)
+                leave(run, step)
 
 
 def is_finished(args: argparse.Namespace) -> bool:
