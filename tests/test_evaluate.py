@@ -38,6 +38,14 @@ NOT_SERVED = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def restored_path():
+    """import_harness() takes our folder off the path, which other files' tests need."""
+    before = [*sys.path]
+    yield
+    sys.path[:] = before
+
+
 # --- models and requests --------------------------------------------------------------------------
 
 
