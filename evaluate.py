@@ -42,6 +42,7 @@ from build_dataset import (
     Row,
     UserError,
     check_output,
+    describe_inputs,
     finish_run,
     first_line,
     hub_fault,
@@ -1221,6 +1222,14 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
+def inputs_of(args: argparse.Namespace, files: dict[str, dict[str, str]]) -> dict[str, Row]:
+    """For run.json: benchmark files, task files, and the models' own, which were hashed before."""
+    tasks = [Path(path) for path in args.task if Path(path).is_file()]
+    hashed = {path: sha256 for found in files.values() for path, sha256 in found.items()}
+    local = {path: {"sha256": h} for path, h in hashed.items() if Path(path).is_file()}
+    return describe_inputs([*local_inputs(args), *tasks]) | local
+
+
 def main(argv: list[str] | None = None) -> None:
     """Models x tasks -> scores -> change over the first model."""
     started = time.monotonic()
@@ -1245,8 +1254,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.rank:
             return None
         text = write_results(args, runs, flagged)
-        inputs = [*local_inputs(args), *(Path(path) for path in args.task if Path(path).is_file())]
-        finish_run(args, inputs, started, models={m: r["about"] for m, r in runs.items()})
+        finish_run(
+            args, inputs_of(args, files), started, models={m: r["about"] for m, r in runs.items()}
+        )
     shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
     print(f"{text}\n\nwrote {args.out}. Next: python tui.py {args.out.parent}")
 
