@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from build_dataset import UNFINISHED, Parser, Row, UserError, read_records, run_main, sha256_of
-from check_contamination import VERDICTS, append_decision
+from check_contamination import VERDICTS, append_decision, removed_ids
 
 if TYPE_CHECKING:
     from textual.app import App
@@ -386,8 +386,9 @@ def make_filter(text: str) -> Test:
 
 
 def removed_rows(pairs: list[Row], verdicts: Verdicts) -> set[str]:
-    """The train_ids that `apply` would remove by default: not all of their pairs are not-a-leak."""
-    return {pair["train_id"] for pair in pairs if verdicts.of(pair) != "not-a-leak"}
+    """The train_ids that `apply` would remove by default."""
+    decided = {pair_id: line for pair_id, line in verdicts.last.items() if line["verdict"]}
+    return set(removed_ids(pairs, decided))
 
 
 def review_parts(pairs: list[Row], verdicts: Verdicts, folder: Path, width: int = 30) -> Parts:
