@@ -614,14 +614,25 @@ def prepare(args: argparse.Namespace, stop: Stop) -> tuple[Run, Row]:
     settings |= {"micro_batch_tokens": capacity, "data": sha256_of(args.data)}
     settings |= {"base": base_fingerprint(folder)}
     counts = report(args, known, sizes, len(rows), tokenizer.eos_token_id)
-    # rows whose activations are computed twice; a CPU's memory runs out without a word
-    above = 0 if args.shard else 3 * CPU_ROW if device.type == "cpu" else math.inf
+    above = 0 if args.shard else cpu_room(model) if device.type == "cpu" else math.inf
     above = {True: 0, False: math.inf}.get(args.gradient_checkpointing, above)
     steps = math.ceil((len(known) - n) / args.batch_size) * args.epochs
     if args.warmup_steps >= steps:
         say(f"warning: {steps} steps, and the learning rate rises over {args.warmup_steps}")
     texts = (tokenizer, order[n:], order[:n], settings, base | settings["base"])
     return Run(args, stop, model, *texts, sizes, capacity, above, steps, rate, 0), counts
+
+
+def cpu_room(model: "PreTrainedModel") -> float:
+    """Tokens of a row whose activations fill half of the free memory; longer ones are recomputed.
+
+    An estimate for a Llama in float32, 16 vectors of the hidden size and 6 of the intermediate one
+    per token and layer: a CPU's memory runs out without a word, so there is nothing to try.
+    """
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    token = 4 * config.num_hidden_layers * (16 * config.hidden_size + 6 * inner)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / token
 
 
 def report(

@@ -587,6 +587,7 @@ def test_processes_of_torchrun_find_what_one_finds(tmp_path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29577, "--"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests")}
+    env["OMP_NUM_THREADS"] = "1"  # torchrun's own choice; other threads sum in another order
     for start, out in ([], one), (torchrun, two):
         command = [str(part) for part in [sys.executable, *start, script, *args, "--out", out]]
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)

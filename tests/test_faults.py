@@ -131,6 +131,7 @@ def run_step(script: str, args: list[str], log: Path, fault: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [f"{script}.py", *args]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     sys.path.append(str(ROOT))
     os.chdir(ROOT)
     if fault.startswith("full disk"):  # the same error for every file from that size up
