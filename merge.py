@@ -187,12 +187,7 @@ def split_weight(item: str) -> tuple[str, float]:
 
 def read_json(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     """A JSON object whose `fields`, where there and not null, are of these types."""
-    try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds a {type(data).__name__}, not an object")
+    data = shared.read_json(path)
     for name, kind in fields.items():
         value = data.get(name)
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
