@@ -107,7 +107,7 @@ TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|_+|[^\w\s.,;:!?'\"$\\]")
 
 def check_input(path: Path, mend: str) -> Path:
     """Return `path` if it exists and no unfinished step left it; `mend` says how to get it."""
-    if not path.exists():
+    if not os.path.exists(path):  # False too for what cannot be a name
         raise UserError(f"{path} is missing: {mend}")
     mark = (path if path.is_dir() else path.parent) / UNFINISHED
     if mark.exists():
@@ -789,7 +789,7 @@ def check(args: argparse.Namespace, started: float) -> None:
 def apply(args: argparse.Namespace, started: float) -> None:
     """Write the clean set: by default a flagged row stays if all its pairs are not-a-leak."""
     run, log = read_run(args.out / "run.json"), args.out / "decisions.jsonl"
-    dataset = Path(str(run["settings"].get("dataset")))
+    dataset = Path(str(run["settings"].get("dataset", "the data set that run.json names")))
     check_input(dataset, "the data set that was checked")
     files = [args.out / "pairs.jsonl", args.out / "run.json"]
     inputs = describe_inputs([dataset, *map(check_listed, files)])

@@ -625,7 +625,8 @@ def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) 
         quantised |= known.get("load_in_4bit") or False
         differ = [part for part in found if known and known.get(part) != found[part]]
         theirs = Path(str(known.get("base_model") or config.get("base_model_name_or_path")))
-        other = read_json(theirs / "config.json", {}) if (theirs / "config.json").exists() else {}
+        config_file = theirs / "config.json"  # os.path: a name may be too long to be one
+        other = read_json(config_file, {}) if os.path.isfile(config_file) else {}
         pairs = {fact: (other[fact], plan.config.get(fact)) for fact in FACTS if fact in other}
         facts = [f"{fact} {a} -> {b}" for fact, (a, b) in pairs.items() if a != b]
         what = f"{folder} was trained on {theirs}; {plan.base} has another {' and '.join(differ)}"

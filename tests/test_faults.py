@@ -2,6 +2,7 @@
 backwards, an input that changes) nothing looks finished that is not, nothing is lost, and the next
 run ends with the same bytes; a broken file gives one line at most. pytest -s prints the tables."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -21,6 +22,10 @@ import pytest
 from conftest import DEMO, ROOT, load_evaluate
 
 import build_dataset as build
+import check_contamination as check
+import finetune
+import merge
+import tui
 
 TRIALS = 1000
 VALUE = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?|true|false|null')
@@ -54,8 +59,11 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
-def fuzz(path: Path, read: Callable[[], object], seed: int, trials: int = TRIALS) -> Counter:
-    """Put mutations of `path` in its place and read: how many went well, how many were refused."""
+def fuzz(path: Path, read: Callable[[], object], seed: int, *places: str) -> Counter:
+    """Put mutations of `path` in its place and read: how many went well, how many were refused.
+
+    Of safetensors only the header is mutated. A refusal names the file, or one of `places`.
+    """
     whole, rng, seen = path.read_bytes(), random.Random(seed), Counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -63,14 +71,15 @@ def fuzz(path: Path, read: Callable[[], object], seed: int, trials: int = TRIALS
         raise AssertionError("stuck for 20 s")
 
     signal.signal(signal.SIGALRM, stuck)
-    for trial in range(trials):
-        path.write_bytes(mutate(whole, rng))
+    head = 8 + int.from_bytes(whole[:8], "little") if path.suffix == ".safetensors" else len(whole)
+    for trial in range(TRIALS):
+        path.write_bytes(mutate(whole[:head], rng) + whole[head:])
         signal.alarm(20)
         try:
             read()
             seen["read"] += 1
         except (build.UserError, OSError) as error:  # what run_main() prints as one line
-            assert path.name in str(error), (trial, error)
+            assert any(name in str(error) for name in (path.name, *places)), (trial, error)
             assert len(build.one_line(error)) < 1000, trial
             seen["refused"] += 1
         except Exception as error:
@@ -82,7 +91,7 @@ def fuzz(path: Path, read: Callable[[], object], seed: int, trials: int = TRIALS
     path.write_bytes(whole)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < 500, f"{path.name}: memory grew by {grown:.0f} MB"
-    print(f"| {path.name} | {trials:,} | {seen['read']:,} | {seen['refused']:,} |")
+    print(f"| {path.name} | {TRIALS:,} | {seen['read']:,} | {seen['refused']:,} |")
     return seen
 
 
@@ -106,6 +115,93 @@ def test_source_files(tmp_path, file: str) -> None:
 
     seen = fuzz(path, read, seed=1)
     assert min(seen["read"], seen["refused"]) > 0 or path.suffix == ".jsonl"
+
+
+BENCHMARK_FILES = ["mmlu/test/*.csv", "arc/*-test.jsonl", "hellaswag/*.jsonl", "truthfulqa/*.json"]
+
+
+@pytest.mark.parametrize("file", BENCHMARK_FILES)
+def test_benchmark_files(tmp_path, file: str) -> None:
+    name = file.split("/")[0]
+    shutil.copytree(ROOT / "demo/data" / name, tmp_path / name)
+    args = check.parse_args(["--local", str(tmp_path), "--benchmarks", name])
+    seen = fuzz(next(tmp_path.glob(file)), lambda: check.load_questions(args), 2, name)
+    assert min(seen["read"], seen["refused"]) > 0
+
+
+@pytest.mark.parametrize("file", ["run.json", "pairs.jsonl", "decisions.jsonl"])
+def test_what_apply_reads(demo, tmp_path, monkeypatch, file: str) -> None:
+    folder = tmp_path / "contamination"
+    shutil.copytree(demo / "contamination", folder)
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+    for number, pair in enumerate(pairs):
+        verdict = check.VERDICTS[number % 4]
+        check.append_decision(folder / "decisions.jsonl", pair["pair_id"], verdict, "ann")
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["check_contamination.py"])
+
+    def read() -> None:
+        broken = (folder / file).read_bytes()
+        for path in folder.iterdir():
+            path.write_bytes(whole[path]) if path in whole else path.unlink()
+        (folder / file).write_bytes(broken)
+        check.main(["apply", "--out", str(folder)])
+
+    # a folder whose run.json says nothing is of another origin; a data set may have another hash
+    seen = fuzz(folder / file, read, 3, str(folder), "since it was checked", "the data set that")
+    assert seen["refused" if file != "decisions.jsonl" else "read"] > TRIALS / 2
+
+
+SHOWN = ["adapter/train_log.jsonl", "eval/results.json", "eval/run.json",
+         "contamination/pairs.jsonl", "contamination/run.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", SHOWN)
+def test_what_the_terminal_ui_reads(tmp_path, file: str) -> None:
+    shutil.copytree(ROOT / "demo/recorded", tmp_path / "out")
+    seen = fuzz(tmp_path / "out" / file, lambda: tui.summary(tmp_path / "out"), 4)
+    assert seen["read"] > 0
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A folder with a sharded base, base/, and an adapter of it, adapter/."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    model.save_pretrained(folder / "base", max_shard_size="60KB")
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder / "adapter")
+    known = finetune.base_fingerprint(folder / "base")
+    known |= {"base_model": str(folder / "base"), "load_in_4bit": False}
+    (folder / "adapter/base_fingerprint.json").write_text(json.dumps(known))
+    return folder
+
+
+MERGED = ["adapter/adapter_config.json", "adapter/base_fingerprint.json", "base/config.json",
+          "adapter/adapter_model.safetensors", "base/*index.json", "base/*-00001-*"]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", MERGED)
+def test_what_merge_reads(small, tmp_path, file: str) -> None:
+    shutil.copytree(small, tmp_path / "models")
+    path, base = next((tmp_path / "models").glob(file)), tmp_path / "models/base"
+    flags = ["--adapter", str(tmp_path / "models/adapter"), "--base-model", str(base)]
+
+    def read() -> None:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        merge.main([*flags, "--out", str(tmp_path / "out")])
+
+    seen = fuzz(path, read, 5, str(tmp_path))
+    assert min(seen["read"], seen["refused"]) > 0
 
 
 # --- faults: a step runs in a child of a process that has imported everything ---------------------
@@ -159,6 +255,12 @@ class Step:
         self.expected = self.outputs()
         assert self.expected
         shutil.rmtree(out)
+
+    def fresh(self) -> "Step":
+        """The step, with nothing of an earlier trial left."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+        return self
 
     def start(self, fault: str = "") -> multiprocessing.Process:
         process = SPAWN.Process(target=run_step, args=(self.script, self.args, self.log, fault))
@@ -226,13 +328,13 @@ STEPS = ["build", "check"]
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("name", STEPS)
 def test_killed_at_random_moments(steps, name: str) -> None:
-    step, rng, seen = steps[name], random.Random(name), Counter()
+    step, rng, seen = steps[name].fresh(), random.Random(name), Counter()
     for sign in [signal.SIGKILL] * KILLS + [signal.SIGINT] * 5:
         step.log.unlink(missing_ok=True)
         process = step.start()
         # writing is the last part of most steps: half of the signals fall there
         time.sleep(step.seconds * rng.choice([rng.uniform(0, 1), rng.uniform(0.7, 1)]))
-        if process.is_alive():
+        with contextlib.suppress(ProcessLookupError):  # it may have ended before
             os.kill(process.pid, sign)
         process.join(60)
         text = step.log.read_text() if step.log.exists() else ""
@@ -252,7 +354,7 @@ def test_killed_at_random_moments(steps, name: str) -> None:
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("name", STEPS)
 def test_full_disk(steps, name: str) -> None:
-    step = steps[name]
+    step = steps[name].fresh()
     for largest in (1000, 4000, 8000):
         step.log.unlink(missing_ok=True)
         code = step.run(f"full disk {largest}")
@@ -266,7 +368,7 @@ def test_full_disk(steps, name: str) -> None:
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("name", STEPS)
 def test_a_clock_that_goes_backwards(steps, name: str) -> None:
-    step = steps[name]
+    step = steps[name].fresh()
     assert (step.run("clock"), step.state()) == (0, "finished"), step.log.read_text()
     shutil.rmtree(step.out)
 
@@ -274,7 +376,7 @@ def test_a_clock_that_goes_backwards(steps, name: str) -> None:
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("name", STEPS)
 def test_two_at_once(steps, name: str) -> None:
-    step = steps[name]
+    step = steps[name].fresh()
     step.log.unlink(missing_ok=True)
     both = [step.start(), step.start()]
     for process in both:
