@@ -54,7 +54,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 CHUNK = 256  # texts embedded between two commits of the cache: a kill loses at most these
 BLOCK, BLOCK_COLUMNS = 1024, 8192  # one block of cosines: 1,024 x 8,192 x 4 bytes = 32 MB
 UNFINISHED = ".unfinished"  # in an output folder from its first write until run.json stands there
-STANDING: dict[Path, dict[Path, tuple[int, int, int]]] = {}  # by output_folder(): what was there
+STANDING: dict[Path, dict[Path, tuple[int, ...]]] = {}  # by output_folder(): what was there
 PACKAGES = ("torch", "transformers", "peft", "datasets", "sentence-transformers", "lm_eval")
 
 
@@ -190,6 +190,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file such as run.json holds; {} where none can be read."""
+    with suppress(OSError, UserError):
+        return read_json(path)
+    return {}
+
+
 def write_file(path: Path, text: str | bytes) -> None:
     """Write `text` so that `path` holds all of it or what it held before, even after a crash.
 
@@ -229,15 +236,15 @@ def check_output(out: Path, overwrite: bool, *inputs: Path) -> None:
 
 def step_of(out: Path) -> str | None:
     """The script that finished a folder, by its run.json; None where that cannot be read."""
-    with suppress(ValueError, LookupError, TypeError):
-        return json.loads((out / "run.json").read_bytes())["step"]
-    return None
+    return read_object(out / "run.json").get("step")
 
 
-def version(path: Path) -> tuple[int, int, int]:
-    """What tells whether a file was written anew, without trust in the clock."""
-    about = path.stat()
-    return about.st_ino, about.st_size, about.st_mtime_ns
+def file_state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced, size first; () where there is none."""
+    with suppress(FileNotFoundError):
+        now = path.stat()
+        return now.st_size, now.st_mtime_ns, now.st_ino
+    return ()
 
 
 @contextmanager
@@ -246,9 +253,8 @@ def output_folder(
 ) -> Iterator[None]:
     """Hold `out` as this process's unfinished output folder; finish_run() ends that state.
 
-    A second process on the same folder is refused; the lock ends with its process, however that
-    ends. `keep_run` leaves run.json in place, for work on top of a finished step. `mend` is what
-    the command needs besides to finish the folder.
+    A second process on it is refused; the lock ends with its process, however that ends. `keep_run`
+    leaves run.json, for work on top of a finished step; `mend` is what the command needs to finish.
     """
     check_output(out, overwrite)
     out.mkdir(parents=True, exist_ok=True)
@@ -272,7 +278,7 @@ def output_folder(
             old.unlink(missing_ok=True)
         for left in out.glob(".*.tmp"):  # by a process of ours that was killed
             left.unlink()
-        STANDING[out] = {path: version(path) for path in out.rglob("*")}
+        STANDING[out] = {path: file_state(path) for path in out.rglob("*")}
         yield
         (out / UNFINISHED).unlink()
 
@@ -283,9 +289,7 @@ def describe(path: Path, hashes: dict[Path, str] | None = None) -> dict[str, Any
     return {"sha256": (hashes or {}).get(path) or sha256_of(path), **rows}
 
 
-def describe_inputs(
-    paths: list[Path], hashes: dict[Path, str] | None = None
-) -> dict[str, dict[str, Any]]:
+def describe_inputs(paths: list[Path], hashes: dict[Path, str] | None = None) -> dict[str, Row]:
     """What run.json says of its inputs; to be asked before they are read."""
     return {str(path): describe(path, hashes) for path in paths}
 
@@ -299,7 +303,7 @@ def check_unchanged(inputs: dict[str, dict[str, Any]]) -> None:
 
 def finish_run(
     args: argparse.Namespace,
-    inputs: dict[str, dict[str, Any]] | list[Path],
+    inputs: dict[str, dict[str, Any]],
     start: float,
     name: str = "run.json",
     hashes: dict[Path, str] | None = None,
@@ -307,14 +311,13 @@ def finish_run(
 ) -> None:
     """Write run.json (or `name`), the last of a step's files.
 
-    `inputs` is what describe_inputs() said before they were read; outputs are all files of
-    args.out that were written since output_folder(); `start` is time.monotonic() at its begin;
-    `hashes` are sha256 that are known already; `more` is what the step wants remembered besides.
+    `inputs`: describe_inputs() before they were read; outputs: the files of args.out written since
+    output_folder(); `start`: time.monotonic() at its begin; `hashes`: sha256 already known.
     """
     apart = {UNFINISHED, "run.json", "apply.json", "decisions.jsonl"}
     files = (path for path in args.out.rglob("*") if path.is_file() and path.name not in apart)
     standing = STANDING.get(args.out, {})  # none: a folder that was new
-    outputs = sorted(path for path in files if version(path) != standing.get(path))
+    outputs = sorted(path for path in files if file_state(path) != standing.get(path))
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     installed = [p for p in PACKAGES if util.find_spec(p.replace("-", "_"))]
     run = {
@@ -326,14 +329,13 @@ def finish_run(
         "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "python": sys.version.split()[0],
         "packages": {package: metadata.version(package) for package in installed},
-        "inputs": describe_inputs(inputs, hashes) if isinstance(inputs, list) else inputs,
+        "inputs": inputs,
         "outputs": {str(path.relative_to(args.out)): describe(path, hashes) for path in outputs},
         **more,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - start, 1),
     }
-    text = json.dumps(run, indent=2, ensure_ascii=False, default=str)
-    write_file(args.out / name, text + "\n")
+    write_file(args.out / name, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 # --- shared by steps 1 and 2: embeddings, cosines -----------------------------------------------

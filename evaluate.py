@@ -33,7 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,6 +49,7 @@ from build_dataset import (
     make_parser,
     output_folder,
     positive,
+    read_object,
     refuse,
     run_main,
     sha256_of,
@@ -64,6 +65,7 @@ from check_contamination import (
     read_decisions,
     read_jsonl,
 )
+from finetune import NF4
 from merge import read_header
 
 if TYPE_CHECKING:
@@ -94,7 +96,6 @@ ENCODED_AT_ONCE = 1024  # requests tokenised in one call
 RESAMPLES = 10_000  # of the paired bootstrap: the interval's ends repeat to about 1 % of its width
 ALPHA = 0.05  # of a test that calls a model better or worse
 MODEL_FILES = {".safetensors", ".json", ".model", ".txt", ".jinja"}
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAME = "not distinguishable"
 NO_METRIC = {"test_id", "target", "log_likelihoods", "responses"}  # keys of a question's line
@@ -160,18 +161,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_run(folder: Path) -> Row:
-    """The run.json of a folder; empty where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        run = json.loads((folder / "run.json").read_bytes())
-        return run if isinstance(run, dict) else {}
-    return {}
-
-
 def merged_and_base() -> list[str]:
     """[base, out/merged]: what is scored when no model is named."""
     merged = check_input(Path("out/merged"), "merge one with python merge.py, or give --model")
-    base = read_run(merged).get("base_model")
+    base = read_object(merged / "run.json").get("base_model")
     if not isinstance(base, str):
         raise UserError("out/merged has no run.json of merge.py's: give --model")
     return [base, str(merged)]
@@ -364,7 +357,7 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
         raise UserError(f"{flag} {name} is no {flag[2:]}: it has no {wanted} with .safetensors")
     files = {p: sha256_of(p) for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES}
     files.pop(folder / "run.json", None)
-    listed = read_run(folder).get("outputs", {})
+    listed = read_object(folder / "run.json").get("outputs", {})
     for path, sha256 in files.items():
         if listed.get(path.name, {"sha256": sha256})["sha256"] != sha256:
             raise UserError(f"{path} changed after its folder's run.json: make the folder again")
@@ -888,7 +881,7 @@ def flagged_questions(folder: Path | None) -> set[str] | None:
 
 def warn_unchecked(folder: Path, flagged: set[str], tasks: dict[str, tuple[str, Any]]) -> None:
     """Say which scored benchmarks step 2 did not look at: nothing of theirs can be flagged."""
-    counts = read_run(folder).get("counts", {})
+    counts = read_object(folder / "run.json").get("counts", {})
     seen = {name.split("/")[0] for name in [*counts.get("test_questions", []), *flagged]}
     missing = {prefix.split("/")[0] for prefix, _ in tasks.values()} - seen
     if missing:
@@ -1245,6 +1238,7 @@ def main(argv: list[str] | None = None) -> None:
     import_harness()
     pick_device(args)
     files = check_models(args)
+    inputs = inputs_of(args, files)  # before they are read
     tasks = benchmark_tasks(args) if files else {}
     if args.contamination and files and not args.rank:
         warn_unchecked(args.contamination, flagged, tasks)
@@ -1254,9 +1248,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.rank:
             return None
         text = write_results(args, runs, flagged)
-        finish_run(
-            args, inputs_of(args, files), started, models={m: r["about"] for m, r in runs.items()}
-        )
+        finish_run(args, inputs, started, models={m: r["about"] for m, r in runs.items()})
     shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
     print(f"{text}\n\nwrote {args.out}. Next: python tui.py {args.out.parent}")
 

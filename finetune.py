@@ -46,6 +46,8 @@ from build_dataset import (
     Row,
     UserError,
     check_output,
+    check_unchanged,
+    describe_inputs,
     finish_run,
     first_line,
     make_parser,
@@ -101,6 +103,8 @@ TARGETS = {
     "all": "all-linear",  # PEFT's name for every linear layer but the head
 }
 FEW = 0.001  # under 0.1 % trainable the MLP targets did not do better (paper, section 3.1)
+MEND = "write it with: python check_contamination.py apply"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 LOG = "train_log.jsonl"
 KEEP = 2  # checkpoints on disk: the newest, and the one to fall back on
@@ -248,13 +252,12 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
 
 def load_rows(args: argparse.Namespace) -> list[Row]:
     """The training rows; says so when verdicts are newer than the clean set."""
-    mend = "write it with: python check_contamination.py apply"
     fields = {"instruction": str, "output": str}
-    rows = read_jsonl(check_input(args.data, mend), fields)[: args.limit]
+    rows = read_jsonl(check_input(args.data, MEND), fields)[: args.limit]
     log, applied = (args.data.with_name(name) for name in ("decisions.jsonl", "apply.json"))
     with suppress(OSError, ValueError, LookupError, TypeError):  # absent, or edited by hand
         if sha256_of(log) != json.loads(applied.read_bytes())["decisions_sha256"]:
-            say(f"warning: {log} has newer verdicts than {args.data}; {mend}")
+            say(f"warning: {log} has newer verdicts than {args.data}; {MEND}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("input") or "", str) or not row["output"].strip():
             raise UserError(f"{args.data}, row {number}: its output is empty or its input no text")
@@ -451,8 +454,7 @@ def load_model(
     # what is to be sharded stays in the files' own type, mapped, until each process takes its part
     options: Row = {"dtype": "auto" if args.shard else dtype, "use_safetensors": True}
     if args.load_in_4bit:
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
+        quantised = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
         options |= {"quantization_config": quantised, "device_map": {"": device}}
     load = functools.partial(AutoModelForCausalLM.from_pretrained, output_loading_info=True)
     try:
@@ -948,7 +950,9 @@ def main(argv: list[str] | None = None) -> None:
     if is_finished(args):
         print(f"{args.out} is finished already")
         return
+    inputs = describe_inputs([check_input(args.data, MEND)])
     run, counts = prepare(args, stop)
+    check_unchanged(inputs)
     again = "" if args.resume else " --resume"
     with output_folder(args.out, args.overwrite, mend=again) if RANK == 0 else nullcontext():
         if RANK == 0 and not args.resume:
@@ -960,7 +964,7 @@ def main(argv: list[str] | None = None) -> None:
             for name, data in adapter_files(run).items():
                 write_file(args.out / name, data)
             run.log(run.steps, "end", seconds=round(time.monotonic() - run.began, 1))
-            finish_run(args, [args.data], started, counts=counts | {"steps": run.steps})
+            finish_run(args, inputs, started, counts=counts | {"steps": run.steps})
             flags = ["--adapter", str(args.out), "--out", str(args.out.with_name("merged"))]
             print(
                 f"wrote {args.out}: {run.steps} steps. Next:\npython merge.py {shlex.join(flags)}"

@@ -766,7 +766,8 @@ def main(argv: list[str] | None = None) -> None:
         inputs = [plan.base / shard for shard in plan.shards]
         inputs += [adapter.folder / "adapter_model.safetensors" for adapter in adapters]
         inside = argparse.Namespace(**{**vars(args), "out": aside})
-        shared.finish_run(inside, inputs, started, hashes=hashes, **about)
+        described = shared.describe_inputs(inputs, hashes)
+        shared.finish_run(inside, described, started, hashes=hashes, **about)
     print(f"wrote {args.out}: {len(plan.changed())} of {len(plan.tensors)} tensors changed. Next:")
     print(shlex.join(next_command(args, about["adapters"])))
 

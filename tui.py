@@ -38,7 +38,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from build_dataset import UNFINISHED, Parser, Row, UserError, read_records, run_main, sha256_of
+from build_dataset import (
+    UNFINISHED,
+    Parser,
+    Row,
+    UserError,
+    file_state,
+    read_object,
+    read_records,
+    run_main,
+    sha256_of,
+)
 from check_contamination import VERDICTS, append_decision, removed_ids
 
 if TYPE_CHECKING:
@@ -218,22 +228,6 @@ def find(folder: Path, step: str, name: str) -> Path:
     return [*usual, *others, folder / step / name][0]
 
 
-def read_object(path: Path) -> Row:
-    """A JSON object such as run.json; {} where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def state_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced; () where there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        now = path.stat()
-        return now.st_size, now.st_mtime_ns, now.st_ino
-    return ()
-
-
 class Tail:
     """The objects on the lines that a JSONL file has got since the last look.
 
@@ -250,7 +244,7 @@ class Tail:
     def read(self, limit: int = CHUNK) -> list[Row]:
         """The next lines, about `limit` bytes of them. Raises OSError where it is unreadable."""
         self.restarted = self.more = False
-        state, data = state_of(self.path), b""
+        state, data = file_state(self.path), b""
         if state == self.seen:
             return []
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
@@ -766,7 +760,7 @@ def changed_inputs(run: Row, root: Path) -> tuple[list[str], list[str]]:
         known = about.get("sha256") if isinstance(about, dict) else None
         if path is None:
             gone.append(name)
-        elif known != hash_known(path, state_of(path)):
+        elif known != hash_known(path, file_state(path)):
             changed.append(name)
     return changed, gone
 
@@ -1014,7 +1008,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         def poll(self) -> str:
             if not self.pairs and find(args.folder, *PAIRS) != self.path:
                 self.begin()
-            new, seen = self.verdicts.poll(), state_of(self.path)
+            new, seen = self.verdicts.poll(), file_state(self.path)
             if seen != self.seen:
                 self.pairs, self.bad = load_pairs(self.path)
                 self.seen = seen
@@ -1201,7 +1195,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.tail, self.training, self.early = Tail(self.path), RunLog(), RunLog()
             self.charts, self.logarithmic = deque([None, *CURVES]), False
             self.dirty, self.due = True, 0.0
-            if len(state := state_of(self.path)) and state[0] > CHUNK:  # the newest state first
+            if len(state := file_state(self.path)) and state[0] > CHUNK:  # the newest state first
                 with self.path.open("rb") as file:
                     file.seek(-(1 << 16), os.SEEK_END)
                     deque(map(self.early.add, Tail(self.path).parse(file.read())), maxlen=0)
@@ -1222,7 +1216,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         def draw(self, new: bool) -> None:
             known = self.early if self.tail.more and self.early.latest else self.training
-            done = self.tail.offset / max(1, *state_of(self.path)[:1] or [1])
+            done = self.tail.offset / max(1, *file_state(self.path)[:1] or [1])
             reading = [(f"  reading the log, {done:.0%}", "bold reverse")]
             self.put("#figures", run_parts(known) + reading * (self.tail.more and done < 1))
             bad = [f"{self.tail.bad:,} unreadable lines"] * bool(self.tail.bad)
@@ -1277,7 +1271,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         def poll(self) -> str:
             path = find(args.folder, "eval", "results.json")
-            if self.seen != (seen := state_of(path)):
+            if self.seen != (seen := file_state(path)):
                 self.rows, self.seen = load_results(path), seen
             wide = self.app.size.width >= 138  # columns of TABLE and MORE
             self.put("#results", result_parts(self.rows, self.orders[0], wide))

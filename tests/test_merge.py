@@ -755,17 +755,20 @@ def test_a_full_disk_in_the_middle_leaves_nothing(small, tmp_path) -> None:
 
 def in_child(work, wait: float, stop: int) -> int:
     """Run work() in a forked child that gets the signal `stop` after `wait` seconds."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child's try
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             work()
             os._exit(0)
         except KeyboardInterrupt:
             os._exit(130)
         except BaseException:
             os._exit(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     time.sleep(wait)
     os.kill(child, stop)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
