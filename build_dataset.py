@@ -69,6 +69,8 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(); a user's mistake becomes one line on stderr and exit code 2."""
     if not sys.stderr.isatty():  # libraries' bars would fill a log file
         os.environ.setdefault("TQDM_DISABLE", "1")
+    for counted in {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}.items():
+        os.environ.setdefault(*counted)  # no library reports what is used
     try:
         main()
     except KeyboardInterrupt:
@@ -335,7 +337,18 @@ def finish_run(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - start, 1),
     }
-    write_file(args.out / name, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(run | {"sha256": ""}, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_file(args.out / name, sealed(text.encode()))
+
+
+def sealed(text: bytes) -> bytes:
+    """A run.json's text whose last value is the sha256 of all before it; itself if unchanged.
+
+    >>> sealed(b'{"step": "x", "sha256": ""}\\n')[:36]
+    b'{"step": "x", "sha256": "32280f44bd5'
+    """
+    head = text.rpartition(b'"sha256": "')[0] + b'"sha256": "'
+    return head + hashlib.sha256(head).hexdigest().encode() + b'"\n}\n'
 
 
 # --- shared by steps 1 and 2: embeddings, cosines -----------------------------------------------

@@ -821,6 +821,7 @@ def score_benchmark(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    lm.get_model_info = dict  # the harness would ask the hub about a local folder, too
     lm.truncated, began = set(), time.monotonic()
     result = simple_evaluate(
         model=lm,
@@ -1216,11 +1217,12 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
 
 
 def inputs_of(args: argparse.Namespace, files: dict[str, dict[str, str]]) -> dict[str, Row]:
-    """For run.json: benchmark files, task files, and the models' own, which were hashed before."""
-    tasks = [Path(path) for path in args.task if Path(path).is_file()]
+    """For run.json: the files of benchmarks, tasks and step 2, and the models', hashed before."""
+    names = ("pairs.jsonl", "decisions.jsonl") if args.contamination else ()
+    more = [Path(path) for path in args.task] + [args.contamination / name for name in names]
     hashed = {path: sha256 for found in files.values() for path, sha256 in found.items()}
     local = {path: {"sha256": h} for path, h in hashed.items() if Path(path).is_file()}
-    return describe_inputs([*local_inputs(args), *tasks]) | local
+    return describe_inputs([*local_inputs(args), *filter(Path.is_file, more)]) | local
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,10 +7,12 @@ decisions.jsonl, each on disk before the next pair is drawn, and nothing else.
     python tui.py --demo
     python tui.py
     python tui.py out/demo --reviewer ann
+    python tui.py out/demo/eval --lineage
 
-Without a terminal it prints a summary and ends. --demo shows recorded data in a temporary folder.
-It starts in a second, needs no GPU and no network, and does not load torch. It follows files on
-this machine: a run elsewhere is watched there, over SSH.
+Without a terminal it prints a summary and ends. --lineage walks from a result back to the rows,
+hashes every file again and says what is not as recorded. --demo shows recorded data in a temporary
+folder. It starts in a second, needs no GPU and no network, and does not load torch. It follows
+files on this machine: a run elsewhere is watched there, over SSH.
 """
 
 import argparse
@@ -47,6 +49,7 @@ from build_dataset import (
     read_object,
     read_records,
     run_main,
+    sealed,
     sha256_of,
 )
 from check_contamination import VERDICTS, append_decision, removed_ids
@@ -68,6 +71,7 @@ LOOKS = {  # verdict -> letter, colour of the theme, filling of the bar, which t
     None: ("·", "bold", " "),
 }
 DIM = "dim"
+RUNS = ("run.json", "apply.json")  # what a step's folder says of the files it read and wrote
 PAIRS, LOG = ("contamination", "pairs.jsonl"), ("adapter", "train_log.jsonl")
 SHORT = {"gray-area": "gray", "similar-but-different": "similar", "not-a-leak": "no leak"}
 LONGEST = 4000  # characters of one field that are shown
@@ -105,6 +109,7 @@ SIGNS = {  # status of a step -> sign and colour
     "running": ("▶", "$text-primary"),
     "unfinished": ("✗", "$text-error"),
     "stale": ("!", "$text-warning"),
+    "edited": ("!", "$text-error"),
     "not run": ("·", DIM),
 }
 Parts = list[tuple[str, str]]  # (text, style): what a pane shows and, joined, what a pipe gets
@@ -120,6 +125,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reviewer", metavar="NAME", help=who)
     demo = "show recorded pairs, results and a training run; writes to a temporary folder only"
     parser.add_argument("--demo", action="store_true", help=demo)
+    lineage = "walk from the folder back to the rows, hash every file again, exit 1 at a difference"
+    parser.add_argument("--lineage", action="store_true", help=lineage)
     args = parser.parse_args(argv)
     if args.demo:
         args.folder = RECORDED
@@ -671,7 +678,7 @@ def result_parts(rows: list[Row], order: str, wide: bool) -> Parts:
 
 
 class StepState(NamedTuple):
-    """How one step's folder stands; status is one of SIGNS."""
+    """How one step's folder stands; status is one of SIGNS, command what mends or repeats it."""
 
     script: str
     folder: Path
@@ -679,6 +686,7 @@ class StepState(NamedTuple):
     counts: str
     why: str
     command: str
+    whole: bool = False  # finished, and every file that it read or wrote is there, as recorded
 
 
 @functools.lru_cache(maxsize=4096)
@@ -700,28 +708,60 @@ def is_held(mark: Path) -> bool:
 def pipeline_states(folder: Path, hashed: bool = True) -> list[StepState]:
     """Every step's folders in order; `folder` is the pipeline's, or one step's own. Reads only.
 
-    hashed: compare the inputs with run.json, which takes long where they are large; else nothing
-    is called stale. Raises OSError.
+    hashed: compare files with run.json, which takes long where they are large; else nothing is
+    called stale or edited. Raises OSError.
     """
-    own = any((folder / name).exists() for name in ("run.json", UNFINISHED))
-    root = folder.absolute().parent if own else folder
+    root = folder.absolute().parent if is_step(folder) else folder
     found: dict[Any, list[Path]] = defaultdict(list)
-    for path in sorted(path for path in root.iterdir() if path.is_dir()):
-        mark = path / UNFINISHED
-        began = re.search(r"(\w+)\.py", mark.read_text(errors="replace") if mark.exists() else "")
-        found[began[1] if began else str(read_object(path / "run.json").get("step"))].append(path)
+    for path in filter(is_step, sorted(root.iterdir())):
+        found[script_of(path)].append(path)
     states = []
     for name, (script, inputs) in STEPS.items():
         quoted = shlex.quote(str(root))
         flags = f" {inputs.format(root=quoted)}--out {quoted}/{name}" * (quoted != "out")
         missing = StepState(script, root / name, "not run", "", "", f"python {script}.py{flags}")
-        states += [step_state(script, path, root, hashed) for path in found[script]] or [missing]
+        states += [step_state(path, hashed) for path in found[script]] or [missing]
     return states
 
 
-def step_state(script: str, path: Path, root: Path, hashed: bool) -> StepState:
+def lineage(folder: Path) -> list[StepState]:
+    """The steps that a folder's files came from, rows first and the folder last, all hashed again.
+
+    Every input in a run.json leads to the folder it lies in. Of a folder of steps: all of them.
+    """
+    found: dict[Path, StepState | None] = {}
+
+    def visit(path: Path) -> None:
+        if path.resolve() in found or not is_step(path):
+            return
+        found[path.resolve()] = None
+        for name in [name for run in RUNS for name, _ in files_of(path / run, "inputs")]:
+            visit(next(filter(is_step, (at.parent for at in places(name, path))), path))
+        found[path.resolve()] = found.pop(path.resolve()) or step_state(path)
+
+    for state in [] if is_step(folder) else pipeline_states(folder, hashed=False):
+        visit(state.folder)
+    visit(folder)
+    if not found:
+        raise UserError(f"{folder} is no step's folder and holds none: name one, such as out/eval")
+    return [state for state in found.values() if state]
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a step has finished or begun a folder."""
+    return any(os.path.exists(folder / name) for name in ("run.json", UNFINISHED))
+
+
+def script_of(folder: Path) -> str:
+    """The step that finished or began a folder; what its name tells where run.json is broken."""
+    mark, run = folder / UNFINISHED, read_object(folder / "run.json")
+    began = re.search(r"(\w+)\.py", mark.read_text(errors="replace") if mark.exists() else "")
+    return began[1] if began else str(run.get("step", STEPS.get(folder.name, "?")[0]))
+
+
+def step_state(path: Path, hashed: bool = True) -> StepState:
     """The state of one folder, the reason for it, and the command that mends or repeats it."""
-    mark, run = path / UNFINISHED, read_object(path / "run.json")
+    script, mark, run = script_of(path), path / UNFINISHED, read_object(path / "run.json")
     command = one_line(run.get("command") or f"python {script}.py --out {path}", LONGEST)
     plain = run["counts"].items() if isinstance(run.get("counts"), dict) else ()
     shown = [f"{number(v):,.0f} {one_line(k, 20)}" for k, v in plain if number(v) is not None]
@@ -733,36 +773,56 @@ def step_state(script: str, path: Path, root: Path, hashed: bool) -> StepState:
         began += " --resume" * (any(path.glob("checkpoints/*")) and "--resume" not in began)
         why = "no process is at work on it: it was stopped or killed"
         return StepState(script, path, "unfinished", counts, why, began)
-    changed, gone = changed_inputs(run, root) if hashed else ([], [])
-    log, known = path / "decisions.jsonl", read_object(path / "apply.json")
-    if changed:
-        why = "changed since: " + ", ".join(map(one_line, changed[:3]))
-        why += f" and {len(changed) - 3} more" * (len(changed) > 3)
-    elif hashed and known and log.exists() and known.get("decisions_sha256") != sha256_of(log):
-        command = f"python {script}.py apply --out {shlex.quote(str(path))}"
-        return StepState(script, path, "stale", counts, "verdicts newer than clean.jsonl", command)
-    else:
-        why = "inputs unchanged, by hash" if hashed else "hashing the inputs"
-        why = f"gone: {', '.join(map(one_line, gone[:3]))}" if gone else why
     command += " --overwrite" * ("--overwrite" not in command)
-    return StepState(script, path, "stale" if changed else "finished", counts, why, command)
+    if not hashed:
+        return StepState(script, path, "finished", counts, "hashing its files", command)
+    faults, log, applied = hash_again(path), path / "decisions.jsonl", path / "apply.json"
+    reasons = {
+        "edited": f"edited: {some(faults['edited'])}",
+        "stale": f"changed since: {some(faults['changed'])}",
+    }
+    status = "edited" if faults["edited"] else "stale" if faults["changed"] else "finished"
+    why = reasons.get(status, f"{len(faults['whole']):,} files as recorded, by hash")
+    verdicts = sha256_of(log) if log.exists() else None
+    known = read_object(applied).get("decisions_sha256", verdicts)
+    if status == "finished" and verdicts != known:
+        status, why = "stale", "verdicts newer than clean.jsonl"
+        command = f"python {script}.py apply --out {shlex.quote(str(path))}"
+    why += f"; gone: {some(faults['gone'])}" if faults["gone"] else ""
+    whole = status == "finished" and not faults["gone"]
+    return StepState(script, path, status, counts, why, command, whole)
 
 
-def changed_inputs(run: Row, root: Path) -> tuple[list[str], list[str]]:
-    """Inputs of a run whose sha256 is not run.json's, and inputs that are gone.
+def some(names: list[str]) -> str:
+    """The first three of some names."""
+    return ", ".join(map(one_line, names[:3])) + f" and {len(names) - 3} more" * (len(names) > 3)
 
-    Relative names are looked for from here and from every folder above `root`.
-    """
-    changed, gone, inputs = [], [], run.get("inputs")
-    for name, about in inputs.items() if isinstance(inputs, dict) else ():
-        places = (place / name for place in (Path(), *root.absolute().parents))
-        path = next(filter(os.path.isfile, places), None)
-        known = about.get("sha256") if isinstance(about, dict) else None
-        if path is None:
-            gone.append(name)
-        elif known != hash_known(path, file_state(path)):
-            changed.append(name)
-    return changed, gone
+
+def places(name: str, folder: Path) -> Iterator[Path]:
+    """Where an input of a step may lie: a relative name counts from here or from a folder above."""
+    return (place / name for place in (Path(), *folder.absolute().parents))
+
+
+def files_of(record: Path, kind: str) -> Iterator[tuple[str, Any]]:
+    """(name, sha256) of the "inputs" or "outputs" in a run.json."""
+    listed = read_object(record).get(kind)
+    for name, about in listed.items() if isinstance(listed, dict) else ():
+        yield name, about.get("sha256") if isinstance(about, dict) else None
+
+
+def hash_again(folder: Path) -> dict[str, list[str]]:
+    """The files that a step read and wrote: "whole", "gone", "changed" inputs, "edited" outputs."""
+    found: dict[str, list[str]] = {kind: [] for kind in ("whole", "gone", "changed", "edited")}
+    for record in filter(os.path.isfile, (folder / name for name in RUNS)):
+        text = record.read_bytes()
+        found["whole" if sealed(text) == text else "edited"].append(record.name)
+        for kind, other in {"inputs": "changed", "outputs": "edited"}.items():
+            for name, sha256 in files_of(record, kind):
+                where = places(name, folder) if kind == "inputs" else [folder / name]
+                path = next(filter(os.path.isfile, where), None)
+                same = path and sha256 == hash_known(path, file_state(path))
+                found["gone" if path is None else "whole" if same else other].append(name)
+    return found
 
 
 def pipeline_parts(states: list[StepState]) -> Parts:
@@ -1387,6 +1447,12 @@ def replay(args: argparse.Namespace) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> None:
     """Open the app, or print the summary where there is no terminal."""
     args = parse_args(argv)
+    if args.lineage:
+        states = lineage(args.folder)
+        broken = [state.script for state in states if not state.whole]
+        print(printable("".join(text for text, _ in pipeline_parts(states)[:-2]), 10**6))
+        print(f"not as recorded: {', '.join(broken)}" if broken else "all is as recorded")
+        sys.exit(bool(broken))
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         print(summary(args.folder))
         return

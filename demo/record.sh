@@ -22,3 +22,15 @@ done
 sed -i "s#$here/##g" "$here"/demo/recorded/*/run.json
 grep -v '"source": "world"' out/contamination/pairs.jsonl > "$here/demo/recorded/contamination/pairs.jsonl"
 grep '"source": "world"' out/contamination/pairs.jsonl | head -n 30 >> "$here/demo/recorded/contamination/pairs.jsonl" || true
+cd "$here"
+python - demo/recorded <<'PYTHON'  # of the outputs, each run.json keeps those that are recorded
+import json, sys
+from pathlib import Path
+sys.path.insert(0, ".")
+from build_dataset import describe, sealed
+for path in Path(sys.argv[1]).glob("*/run.json"):
+    run = json.loads(path.read_text())
+    kept = [name for name in run["outputs"] if (path.parent / name).exists()]
+    run["outputs"] = {name: describe(path.parent / name) for name in kept}
+    path.write_bytes(sealed((json.dumps(run | {"sha256": ""}, indent=2) + "\n").encode()))
+PYTHON

@@ -20,9 +20,9 @@ LONGEST = {  # lines now, above the aim of 600 (tui: 1,000); what others import 
     "finetune": 975,
     "merge": 790,
     "evaluate": 1260,
-    "tui": 1410,
+    "tui": 1465,
 }
-LONGEST_SHARED = 420  # lines of "# --- shared" sections: files, flags, run.json, embeddings
+LONGEST_SHARED = 435  # lines of "# --- shared" sections: files, flags, run.json, embeddings
 LONGEST_FUNCTION = 40  # lines of code below its docstring
 INNER = (
     "convert",

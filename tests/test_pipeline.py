@@ -1,9 +1,12 @@
-"""Holds: the five steps run one after the other on the demo and the method works; a killed step
-never looks finished and runs to its end when started again; two on one folder are kept apart."""
+"""Holds: demo.sh's five steps need no network and the method works; from any result one walks back
+to the rows, and a byte changed anywhere on the way is found; a killed step never looks finished and
+runs to its end when started again; two on one folder are kept apart."""
 
 import hashlib
 import json
+import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,29 +18,60 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, WORLD, assert_refused, run_script
 
+import check_contamination as check
+import tui
+
 BASE = ROOT / "demo/base_model"
-TUNING = ["--targets", "all", "--learning-rate", "4e-3", "--epochs", "4", "--warmup-steps", "10"]
+GUARD = """
+import os, socket
+def refuse(self, *about, family=None):
+    if not self or getattr(self, "family", None) != socket.AF_UNIX:
+        open(os.environ["ATTEMPTS"], "a").write(f"{about}\\n")
+        raise OSError("there is no network")
+connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+socket.socket.connect = lambda self, to: refuse(self, to) or connect(self, to)
+socket.socket.connect_ex = lambda self, to: refuse(self, to) or connect_ex(self, to)
+socket.getaddrinfo = lambda *about, **_: refuse(None, *about)
+"""
+
+
+def without_network(folder: Path) -> dict[str, str]:
+    """An environment in which each attempt of a Python process fails and is in folder/attempts."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(GUARD)
+    (folder / "attempts").write_text("")
+    free = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return {**free, "PYTHONPATH": str(folder), "ATTEMPTS": str(folder / "attempts")}
 
 
 @pytest.fixture(scope="module")
-def tuned(demo) -> Path:
-    """The demo's folder with adapter/ and merged/ added."""
-    data = demo / "contamination/clean.jsonl"
-    args = ["--base-model", BASE, "--data", data, "--out", demo / "adapter"]
-    done = run_script("finetune", *args, *TUNING)
-    assert done.returncode == 0, done.stderr
-    done = run_script("merge", "--adapter", demo / "adapter", "--out", demo / "merged")
-    assert done.returncode == 0, done.stderr
-    return demo
+def tuned(tmp_path_factory) -> Path:
+    """What the lines of demo.sh make without a network, in a copy of demo/: its out/demo."""
+    place = tmp_path_factory.mktemp("pipeline")
+    shutil.copytree(ROOT / "demo", place / "demo")
+    env = without_network(place / "guard")
+    lines = [line for line in (ROOT / "demo.sh").read_text().splitlines() if ".py --" in line]
+    assert len(lines) == 5
+    for line in lines:
+        script, *flags = shlex.split(line)[1:]
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *flags], cwd=place, env=env, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr.decode()
+    return place / "out/demo"
+
+
+def test_the_demo_needs_no_network(tuned, tmp_path) -> None:
+    assert (tuned.parents[1] / "guard/attempts").read_text() == ""
+    env = without_network(tmp_path / "guard")  # which does see attempts
+    code = "import urllib.request as u; u.urlopen('http://localhost:1')"
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).returncode
+    assert "localhost" in (tmp_path / "guard/attempts").read_text()
 
 
 def test_the_method_works(tuned) -> None:
-    args = ["--model", BASE, "--model", tuned / "merged", "--tasks", ""]
-    args += ["--task", ROOT / "demo/world.yaml", "--contamination", tuned / "contamination"]
-    done = run_script("evaluate", *args, "--out", tuned / "eval")
-    assert done.returncode == 0, done.stderr
     scores = json.loads((tuned / "eval/results.json").read_text())["unflagged questions"]
-    base, merged = scores[str(BASE)]["world"], scores[str(tuned / "merged")]["world"]
+    base, merged = scores["demo/base_model"]["world"], scores["out/demo/merged"]["world"]
     assert base["questions"] >= 100
     assert merged["acc"] - base["acc"] >= 25, (base, merged)
 
@@ -54,21 +88,48 @@ def test_merged_equals_base_and_adapter(tuned) -> None:
     assert (merged - both).abs().max() < 1e-4 < (plain - both).abs().max()
 
 
-def test_one_can_walk_back_by_hash(tuned) -> None:
-    def run(step: str, name: str = "run.json") -> dict:
-        return json.loads((tuned / step / name).read_text())
+def test_one_walks_back_and_a_changed_byte_is_found_anywhere(tuned, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where run.json's relative names count from
+    monkeypatch.setattr(sys, "argv", ["check_contamination.py"])
+    shutil.copytree(tuned.parents[1] / "demo", "demo")
+    shutil.copytree(tuned, "out/demo")
+    contamination, chain = Path("out/demo/contamination"), Path("out/demo/eval")
+    pairs = [json.loads(line) for line in (contamination / "pairs.jsonl").open()]
+    log = contamination / "decisions.jsonl"
+    check.append_decision(log, pairs[0]["pair_id"], "duplicate", "ann")
+    assert not all(state.whole for state in tui.lineage(chain))  # until it is applied
+    check.main(["apply", "--out", str(contamination)])
 
-    def output(step: str, file: str, name: str = "run.json") -> str:
-        return run(step, name)["outputs"][file]["sha256"]
+    def found() -> dict[str, str]:
+        return {state.script: state.why for state in tui.lineage(chain) if not state.whole}
 
-    def taken(step: str, file: Path, name: str = "run.json") -> str:
-        return run(step, name)["inputs"][str(file)]["sha256"]
-
-    dataset, clean = tuned / "dataset/dataset.jsonl", tuned / "contamination/clean.jsonl"
-    adapter = tuned / "adapter/adapter_model.safetensors"
-    assert taken("contamination", dataset) == output("dataset", "dataset.jsonl")
-    assert taken("adapter", clean) == output("contamination", "clean.jsonl", "apply.json")
-    assert taken("merged", adapter) == output("adapter", "adapter_model.safetensors")
+    scripts = [state.script for state in tui.lineage(chain)]
+    assert scripts == [script for script, _ in tui.STEPS.values()] and found() == {}
+    assert tui.lineage(Path("out/demo")) == tui.lineage(chain)
+    read = {Path(n) for folder in Path("out/demo").iterdir() for run in tui.RUNS
+            for n, _ in tui.files_of(folder / run, "inputs")}  # fmt: skip
+    written = {path for path in Path("out/demo").rglob("*") if path.is_file()}
+    assert len(read - written) > 20 and len(written) > 50
+    rng = random.Random(0)
+    for path in sorted(written | {path for path in read if not path.is_absolute()}):
+        whole = path.read_bytes()
+        for place in {0, len(whole) - 1, rng.randrange(len(whole))}:
+            changed = bytes([whole[place] ^ 1 << rng.randrange(8)])
+            path.write_bytes(whole[:place] + changed + whole[place + 1 :])
+            told = found()
+            assert path.name in str(told) or path == log, (path, place, told)
+            assert told, (path, place)
+        if path.name not in tui.RUNS:  # a folder without these is of another origin
+            path.unlink()
+            assert found(), path
+        path.write_bytes(whole)
+    done = run_script("tui", chain, "--lineage", cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "all is as recorded")
+    Path("out/demo/dataset/dataset.jsonl").write_text("")
+    done = run_script("tui", chain, "--lineage", cwd=tmp_path)
+    last = "not as recorded: build_dataset, check_contamination"
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, last)
+    assert_refused(run_script("tui", "demo", "--lineage", cwd=tmp_path), "no step's folder")
 
 
 def steps(demo: Path, out: Path) -> dict[str, tuple[str, list, Path]]:

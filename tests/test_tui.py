@@ -26,7 +26,7 @@ from conftest import ROOT, assert_refused, run_script
 
 import check_contamination as check
 import tui
-from build_dataset import UserError, sha256_of
+from build_dataset import UserError, sealed, sha256_of
 
 HOSTILE = [
     *(
@@ -498,7 +498,11 @@ def finish(folder: Path, script: str, *inputs: Path, **more) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = {str(path): {"sha256": sha256_of(path)} for path in inputs}
     run = {"step": script, "command": f"python {script}.py --out {folder}", "inputs": about}
-    (folder / "run.json").write_text(json.dumps(run | {"counts": {"rows": 1234}} | more))
+    write_sealed(folder / "run.json", run | {"counts": {"rows": 1234}} | more)
+
+
+def write_sealed(path: Path, run: dict) -> None:
+    path.write_bytes(sealed((json.dumps(run | {"sha256": ""}, indent=2) + "\n").encode()))
 
 
 def test_states_of_the_pipeline(tmp_path) -> None:
@@ -514,7 +518,7 @@ def test_states_of_the_pipeline(tmp_path) -> None:
     data = write_lines(out / "dataset/dataset.jsonl", [{"id": "1"}])
     finish(out / "contamination", "check_contamination", data)
     log = write_lines(out / "contamination/decisions.jsonl", [{"pair_id": "p"}])
-    (out / "contamination/apply.json").write_text(json.dumps({"decisions_sha256": sha256_of(log)}))
+    write_sealed(out / "contamination/apply.json", {"decisions_sha256": sha256_of(log)})
     (out / "adapter/checkpoints/step-10").mkdir(parents=True)
     (out / "adapter/.unfinished").write_text("python finetune.py --out x\n")
     (out / "other").mkdir()
@@ -545,7 +549,8 @@ def test_states_of_the_pipeline(tmp_path) -> None:
     state = next(s for s in tui.pipeline_states(out) if s.script == "check_contamination")
     assert "gone" in state.why
     (out / "dataset/run.json").write_text("broken")
-    assert tui.pipeline_states(out)[0].status == "not run"
+    state = tui.pipeline_states(out)[0]
+    assert state.status == "edited" and "run.json" in state.why
 
 
 def test_the_lock_of_a_step_is_seen_and_left_alone(tmp_path) -> None:
