@@ -1217,9 +1217,10 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
 
 
 def inputs_of(args: argparse.Namespace, files: dict[str, dict[str, str]]) -> dict[str, Row]:
-    """For run.json: the files of benchmarks, tasks and step 2, and the models', hashed before."""
+    """For run.json: what is read of benchmarks, tasks and other folders; models' are hashed."""
     names = ("pairs.jsonl", "decisions.jsonl") if args.contamination else ()
     more = [Path(path) for path in args.task] + [args.contamination / name for name in names]
+    more += [folder / "results.json" for folder in args.compare]
     hashed = {path: sha256 for found in files.values() for path, sha256 in found.items()}
     local = {path: {"sha256": h} for path, h in hashed.items() if Path(path).is_file()}
     return describe_inputs([*local_inputs(args), *filter(Path.is_file, more)]) | local
