@@ -20,6 +20,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shlex
@@ -71,6 +72,7 @@ def run_main(main: Callable[[], None]) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     for counted in {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}.items():
         os.environ.setdefault(*counted)  # no library reports what is used
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about optional CPU kernels
     try:
         main()
     except KeyboardInterrupt:

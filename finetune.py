@@ -23,7 +23,6 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -945,7 +944,6 @@ def main(argv: list[str] | None = None) -> None:
     """Rows -> tokens -> steps -> adapter."""
     started, stop = time.monotonic(), Stop()
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT's calls
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about optional CPU kernels
     args = parse_args(argv)
     if is_finished(args):
         print(f"{args.out} is finished already")
