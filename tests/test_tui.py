@@ -266,7 +266,10 @@ def test_filters_by_keyboard(folder) -> None:
         assert len(review.shown) == 12
         await pilot.press("slash", *"class:und cosine<0.9997 q0000", "enter")
         assert {pair["pair_id"][-1] for pair in review.shown} == {*"6789"}
-        await pilot.press("escape", "f")
+        await pilot.press("escape", "slash", *"verdict:none")
+        await pilot.pause()
+        assert any("No pair passes. Fields: source" in line for line in screen_of(app))
+        await pilot.press("escape", "escape", "f")
         await pilot.pause()
         await pilot.press("down", "enter")
         await pilot.pause()
