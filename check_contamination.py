@@ -93,11 +93,8 @@ LETTER = re.compile(r"(?:the answer is:?\s*)?\(?([A-Z])(?:[:.)]\s*(.*))?", re.IG
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 # The words of a text: LaTeX's layout, 1,000 and 1{,}000, x-axis, a bracket around one thing, ...
 SIGNS = str.maketrans("\u2212\u2013\u2014\u2019", "---'")  # minus and dashes
-LAYOUT = re.compile(  # and diagrams, which are code
-    r"\\(?:left|right|displaystyle|math\w\w|text\w*|[ !,;:])(?![a-z])"
-    r"|\\(?:begin|end)\{[a-z]+\*?\}|&|\[asy\].*?\[/asy\]",
-    re.DOTALL,
-)
+LAYOUT = re.compile(r"\\(?:left|right|displaystyle|math\w\w|text\w*|[ !,;:])(?![a-z])")
+FRAME = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}|&|(?s:\[asy\].*?\[/asy\])")  # and diagrams' code
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?:\\!)?(?=\d{3}(?!\d))")
 FRACTION = re.compile(r"\\[dt]?frac\{(\w+)\}\{(\w+)\}")
 GREEK = re.compile(r"(?<![^\W\d_])[α-ω](?![^\W\d_])")
@@ -462,7 +459,7 @@ def words_of(text: str) -> list[str]:
     (['find', 'x', '^', '2', 'now'], ['(', 'x', '+', '1', ')', '/', '2'])
     """
     text = unicodedata.normalize("NFC", text).lower().translate(SIGNS)
-    text = FRACTION.sub(r"\1/\2", LAYOUT.sub(" ", THOUSANDS.sub("", text)))
+    text = FRACTION.sub(r"\1/\2", LAYOUT.sub(" ", FRAME.sub(" ", THOUSANDS.sub("", text))))
     text = GREEK.sub(lambda letter: unicodedata.name(letter[0]).split()[-1].lower(), text)
     text = HYPHEN.sub(" ", text).replace("{", "(").replace("}", ")")
     while text != (text := GROUP.sub(r" \1 ", text)):  # brackets around one thing group nothing

@@ -1118,8 +1118,8 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         def show(self) -> None:
             line = self.verdicts.last.get(self.pair.get("pair_id"), {})
-            none = f"No pair passes. Fields: {', '.join(FACETS)}, cosine."
-            parts = [[(none * bool(self.pairs), "bold")], [], []]
+            none = f"No pair passes. Fields: {', '.join(FACETS)}, cosine." * bool(self.pairs)
+            parts = [[(none, "bold")], [], []]
             parts = pair_parts(self.pair, line, self.app.no_color) if self.pair else parts
             for name, part in zip(("#about", "#train", "#test"), parts, strict=True):
                 self.put(name, part)
