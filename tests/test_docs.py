@@ -4,8 +4,10 @@ import earlier ones only; help is quick and needs no third-party package."""
 import ast
 import doctest
 import importlib
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -97,6 +99,42 @@ def test_first_command_of_each_docstring_runs(tmp_path) -> None:
         done = run_script(name, *args, cwd=tmp_path)
         assert done.returncode == 0, (name, done.stderr)
     assert "flagged pairs" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_full_run_of_the_readme_runs(tmp_path) -> None:
+    """Each command that needs neither hub nor GPU, on the demo's data; the walk back ends well."""
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    shutil.copytree(ROOT / "demo/data", tmp_path / "raw")
+    (tmp_path / "raw/reclor").mkdir()
+    asked = {"context": "All squares are rectangles.", "question": "Which algorithm follows?"}
+    row = asked | {"answers": ["a", "b", "c", "d"], "label": 1, "id_string": "x"}
+    (tmp_path / "raw/reclor/val.json").write_text(json.dumps([row]))
+    shown = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    full = [command for command in shown if "out/full" in shlex.join(command)]
+    steps = [script.removesuffix(".py") for script, *_ in full]
+    assert steps == [*STEPS[:2], "tui", *STEPS[1:]]
+
+    def run(command: list[str]) -> str:
+        assert command in shown
+        done = run_script(command[0].removesuffix(".py"), *command[1:], cwd=tmp_path)
+        assert done.returncode == 0, (command, done.stderr)
+        return done.stdout
+
+    for command in full:
+        told = run(command)
+    assert told.endswith("all is as recorded\n")
+    for old, new in {"adapter": ("a", "b"), "eval": ("eval_base", "eval_tuned")}.items():
+        for name in new:
+            shutil.copytree(tmp_path / "out/full" / old, tmp_path / "out" / name)
+    run(shlex.split("merge.py --adapter out/a --adapter out/b:0.5 --out out/both"))
+    run(shlex.split("evaluate.py --compare out/eval_base out/eval_tuned --out out/compare"))
+    first = next(
+        number for number, (_, *args) in enumerate(shown) if args[:2] == ["--local", "raw"]
+    )
+    assert shown[first + 4] == ["finetune.py"]  # which loads the 13B from the hub
+    for command in shown[first : first + 4]:
+        run(command)
 
 
 def test_requirements_are_imported_and_imports_required() -> None:
