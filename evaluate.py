@@ -839,7 +839,8 @@ def score_benchmark(
         prompts = "".join(sample["prompt_hash"] for sample in samples)
         row["prompts_sha256"] = hashlib.sha256(prompts.encode()).hexdigest()
         row["truncated"] = sum(task == name for task, _ in lm.truncated)
-        row["harness"] = {k: v for k, v in result["results"][name].items() if type(v) is float}
+        numbers = {k: v for k, v in result["results"][name].items() if type(v) is float}
+        row["harness"] = {k: v for k, v in numbers.items() if math.isfinite(v)}
         questions = to_questions(prefix, samples)
         if not {*questions[0]} - NO_METRIC:  # of the corpus as a whole, such as a perplexity
             print(f"{name} has no score per question: {row['harness']}", file=sys.stderr)
@@ -865,8 +866,25 @@ def to_questions(prefix: str, samples: list[Row]) -> list[Row]:
             line["responses"] = answers
         suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
         numbers = [m for m in sample["metrics"] if isinstance(sample[m], int | float)]
-        line |= {metric + suffix: float(sample[metric]) for metric in numbers}
+        numbers = {metric: float(sample[metric]) for metric in numbers}
+        if prefix == "truthfulqa/all" and math.isnan(numbers.get("acc", 0)):
+            labels = sample["doc"]["mc2_targets"]["labels"]
+            numbers["acc"] = true_share(line["log_likelihoods"], labels)
+        if wrong := [metric for metric, value in numbers.items() if not math.isfinite(value)]:
+            raise UserError(f"{prefix}, question {number}: its {wrong[0]} is no number")
+        line |= {metric + suffix: value for metric, value in numbers.items()}
     return list(questions.values())
+
+
+def true_share(log_likelihoods: list[float], labels: list[int]) -> float:
+    """mc2: the true answers' share of the probability; also where the harness's exp() gives 0 / 0.
+
+    >>> true_share([-1000.0, -1000.0, -1001.0], [1, 0, 0])
+    0.4223187982515182
+    """
+    largest = max(log_likelihoods)
+    shares = [math.exp(value - largest) for value in log_likelihoods]
+    return sum(x for x, label in zip(shares, labels, strict=True) if label == 1) / sum(shares)
 
 
 def flagged_questions(folder: Path | None) -> set[str] | None:

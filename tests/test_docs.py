@@ -21,7 +21,7 @@ LONGEST = {  # lines now, above the aim of 600 (tui: 1,000); what others import 
     "check_contamination": 606,
     "finetune": 975,
     "merge": 790,
-    "evaluate": 1260,
+    "evaluate": 1278,
     "tui": 1467,
 }
 LONGEST_SHARED = 435  # lines of "# --- shared" sections: files, flags, run.json, embeddings

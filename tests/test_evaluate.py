@@ -4,6 +4,7 @@ nothing of another model; comparisons are what scipy and a hand compute; bad inp
 
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -632,6 +633,30 @@ def result(task: str, prefix: str, acc: list[float], metric: str = "acc", first:
     questions = [{"test_id": f"{prefix}/{first + i}", metric: v} for i, v in enumerate(acc)]
     about = {"task": task, "prefix": prefix, "limit": None, "truncated": 0, "harness": {}}
     return {**about, "prompts_sha256": task, "questions": questions}
+
+
+def test_mc2_of_answers_too_unlikely_for_the_harness() -> None:
+    from lm_eval.tasks.truthfulqa.utils import process_results_mc2
+
+    def share(values: list[float]) -> float:
+        doc = {"mc2_targets": {"labels": [1, 0, 1, 0]}}
+        with np.errstate(invalid="ignore"):
+            harness = process_results_mc2(doc, [(value, False) for value in values])["acc"]
+        sample = {"doc_id": 3, "doc": doc, "target": 0, "metrics": ["acc"], "filter": "none"}
+        sample |= {"filtered_resps": [(value, False) for value in values], "acc": harness}
+        found = evaluate.to_questions("truthfulqa/all", [sample])[0]["acc"]
+        assert math.isnan(harness) or found == harness
+        return found
+
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        values = rng.uniform(-300, -1, 4).tolist()
+        assert abs(evaluate.true_share(values, [1, 0, 1, 0]) - share(values)) < 1e-12
+        assert abs(share([value - 1000 for value in values]) - share(values)) < 1e-9
+    sample = {"doc_id": 3, "doc": {}, "target": 0, "metrics": ["f"], "filter": "none"}
+    sample |= {"filtered_resps": [(0.0, False)], "f": math.nan}
+    with pytest.raises(evaluate.UserError, match="x/all, question 3: its f is no number"):
+        evaluate.to_questions("x/all", [sample])
 
 
 def test_means_and_chosen_questions() -> None:
