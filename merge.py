@@ -43,7 +43,7 @@ from check_contamination import check_input, markdown_table, read_decisions, rea
 if TYPE_CHECKING:
     import torch
 
-BLOCK_ELEMENTS = 1 << 19  # of a tensor in work at a time: 2 MB in float32, a core's L2 cache
+BLOCK_ELEMENTS = 1 << 18  # of a tensor in work at a time: 1 MB in float32, a core's L2 cache
 ROWS = 64  # blocks start at a multiple of this: BLAS sums in another order where B is unaligned
 SAMPLED = 4  # neighbouring rows computed again in each of three places of a changed tensor
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -394,7 +394,9 @@ def part_rows(part: Part, factors: list, w: "torch.Tensor", rows: slice) -> "tor
     if part.embedding and magnitude is None:
         return w + total.to(w.dtype)
     if magnitude is None:
-        return total.add_(w)
+        for some, of_w in zip(total.split(8), w.split(8), strict=True):
+            some += of_w  # by pieces, for torch first copies what it adds to float32
+        return total
     total = w + total  # in W's own memory layout, on which the order of summing the norms depends
     # DoRA sets the norm of every output; the rows of a transposed W are inputs
     outputs, wanted = (total.T, magnitude) if part.transposed else (total, magnitude[rows])
@@ -475,7 +477,8 @@ def new_blocks(plan: Plan, name: str) -> Iterator["torch.Tensor"]:
             found = plan.norms.setdefault(f"layer {number[1]}" if number else name, [0.0] * 3)
             for i, term in enumerate((base, total - base, coarse - w)):
                 found[i] += term.double().square().sum().item()
-        block = round_once(total, w.dtype) if exact else total.to(w.dtype)
+        block = round_once(total, w.dtype) if exact else w.copy_(total)
+        del total  # so that it and the next block's are never both in memory
         over = not all(math.isfinite(end.item()) for end in block.aminmax())
         refuse({f"{name}: the sum is not finite in {stored.dtype}": over})
         yield block.contiguous().view(torch.uint8)
