@@ -18,6 +18,7 @@ only then does the folder get its name. Kinds of LoRA that are not W + scale * B
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -27,10 +28,11 @@ import shlex
 import shutil
 import struct
 import sys
+import threading
 import time
 from collections import Counter, namedtuple
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +45,7 @@ from check_contamination import check_input, markdown_table, read_decisions, rea
 if TYPE_CHECKING:
     import torch
 
-BLOCK_ELEMENTS = 1 << 19  # of a tensor in work at a time: 2 MB in float32, a core's L2 cache
+BLOCK_ELEMENTS = 1 << 18  # of a tensor in work at a time: 1 MB in float32, a core's L2 cache
 ROWS = 64  # blocks start at a multiple of this: BLAS sums in another order where B is unaligned
 SAMPLED = 4  # neighbouring rows computed again in each of three places of a changed tensor
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -235,8 +237,12 @@ def read_adapter(folder: Path, weight: float) -> Adapter:
     refuse({f"{path}: init_lora_weights = {init!r} changed the base": init not in PLAIN_INITS})
     refuse({f"{path}: {wrong[:1]} is not a rank or an alpha": wrong})
     refuse({f"{pickle} is {hint}": pickle.exists() and not weights.exists()})
-    adapter = Adapter(folder, weight, config, read_header(check_input(weights, mend)))
-    trained = False
+    return Adapter(folder, weight, config, read_header(check_input(weights, mend)))
+
+
+def check_numbers(adapter: Adapter) -> None:
+    """Refuse an adapter that holds NaN or whole numbers, or that changes nothing."""
+    folder, trained = adapter.folder, False
     for name, stored in adapter.tensors.items():
         refuse({f"{folder}: {name} holds {stored.dtype}, not floats": stored.dtype not in EPS})
         sizes = [stored.read(rows).abs().max().item() for rows in stored.blocks()]
@@ -245,7 +251,6 @@ def read_adapter(folder: Path, weight: float) -> Adapter:
         # a fresh LoRA has B = 0, of an embedding A = 0
         trained |= any(sizes) and not re.search(r"lora_A|lora_embedding_B|base_layer", name)
     refuse({f"{folder} changes nothing: every B is zero (an untrained adapter)": not trained})
-    return adapter
 
 
 def read_base(name: str) -> Plan:
@@ -394,7 +399,9 @@ def part_rows(part: Part, factors: list, w: "torch.Tensor", rows: slice) -> "tor
     if part.embedding and magnitude is None:
         return w + total.to(w.dtype)
     if magnitude is None:
-        return total.add_(w)
+        for some, of_w in zip(total.split(8), w.split(8), strict=True):
+            some += of_w  # by pieces, for torch first copies what it adds to float32
+        return total
     total = w + total  # in W's own memory layout, on which the order of summing the norms depends
     # DoRA sets the norm of every output; the rows of a transposed W are inputs
     outputs, wanted = (total.T, magnitude) if part.transposed else (total, magnitude[rows])
@@ -475,7 +482,8 @@ def new_blocks(plan: Plan, name: str) -> Iterator["torch.Tensor"]:
             found = plan.norms.setdefault(f"layer {number[1]}" if number else name, [0.0] * 3)
             for i, term in enumerate((base, total - base, coarse - w)):
                 found[i] += term.double().square().sum().item()
-        block = round_once(total, w.dtype) if exact else total.to(w.dtype)
+        block = round_once(total, w.dtype) if exact else w.copy_(total)
+        del total  # so that it and the next block's are never both in memory
         over = not all(math.isfinite(end.item()) for end in block.aminmax())
         refuse({f"{name}: the sum is not finite in {stored.dtype}": over})
         yield block.contiguous().view(torch.uint8)
@@ -505,24 +513,23 @@ def write_shard(plan: Plan, shard: str, out: Path, seed: int) -> Counter:
     return sum((prove(plan, name, new, seed) for name, new in written.items()), Counter())
 
 
-def write_shards(plan: Plan, out: Path, seed: int) -> tuple[Counter, dict[Path, str]]:
-    """Write and prove all shards; a second thread takes the sha256 of the base's and of ours.
+@contextmanager
+def hashing() -> Iterator[Callable[[Path], Future]]:
+    """A function that has a file's sha256 taken beside other work, while the block lasts."""
+    # hashing takes longer than all else: a second thread joins in when the main one waits
+    ended, pool = threading.Event(), ThreadPoolExecutor(2)
 
-    Blocks are small enough to stay in a core's cache: more threads per block make it slower.
-    """
-    import torch
+    def read(path: Path) -> str:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(4 << 20))  # 2 ms of work
+        with path.open("rb", buffering=0) as file:
+            while not ended.is_set() and (size := file.readinto(buffer)):
+                digest.update(buffer[:size])
+        return digest.hexdigest()
 
-    torch.set_num_threads(1)
-    proof, pool = Counter(), ThreadPoolExecutor(1)
     try:
-        bases = [plan.base / shard for shard in plan.shards]
-        jobs = {file: pool.submit(shared.sha256_of, file) for file in bases}
-        for number, shard in enumerate(plan.shards, 1):
-            proof += write_shard(plan, shard, out, seed)
-            jobs[out / shard] = pool.submit(shared.sha256_of, out / shard)
-            print(f"shard {number} of {len(plan.shards)} is written and proved", file=sys.stderr)
-        return proof, {file: job.result() for file, job in jobs.items()}
-    finally:
+        yield lambda path: pool.submit(read, path)
+    finally:  # so Ctrl-C waits for a buffer, not for a file
+        ended.set()
         pool.shutdown(cancel_futures=True)
 
 
@@ -733,6 +740,22 @@ def check_room(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) ->
     refuse({much: args.check_logits and need > memory})
 
 
+def describe_merge(args: argparse.Namespace, plan: Plan, adapters: list) -> dict[str, Any]:
+    """What the card and run.json say of the models, once checked; prints warnings."""
+    for adapter in adapters:
+        check_numbers(adapter)
+    warnings = check_origin(args, plan, adapters)
+    about: dict[str, Any] = {"settings": vars(args), "base_model": args.base_model}
+    about |= {"adapters": [training_of(a, warnings) for a in adapters], "warnings": warnings}
+    before = read_json(p, {"lineage": list}) if (p := plan.base / "run.json").exists() else {}
+    steps = [known for known in before.get("lineage") or [] if isinstance(known, dict)]
+    used = {adapter["folder"]: adapter["weight"] for adapter in about["adapters"]}
+    about["lineage"] = [*steps, {"base_model": args.base_model, "adapters": used}]
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return about
+
+
 def main(argv: list[str] | None = None) -> None:
     """Adapters + base -> checks -> shards, proved one by one -> folder."""
     started = time.monotonic()
@@ -744,30 +767,31 @@ def main(argv: list[str] | None = None) -> None:
     for adapter in adapters:
         add_adapter(adapter, plan)
     check_room(args, plan, adapters)
-    warnings = check_origin(args, plan, adapters)
-    about: dict[str, Any] = {"settings": vars(args), "base_model": args.base_model}
-    about |= {"adapters": [training_of(a, warnings) for a in adapters], "warnings": warnings}
-    before = read_json(p, {"lineage": list}) if (p := plan.base / "run.json").exists() else {}
-    used = {adapter["folder"]: adapter["weight"] for adapter in about["adapters"]}
-    step = {"base_model": args.base_model, "adapters": used}
-    steps = (known for known in before.get("lineage") or [] if isinstance(known, dict))
-    about["lineage"] = [*steps, step]
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    with folder_aside(args.out, args.overwrite) as aside:
-        about["proof"], hashes = write_shards(plan, aside, args.seed)
-        about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
-        if plan.norms:
-            print(norms := norm_table(plan))
-            about["norms"] = norms.splitlines()
-        write_rest(plan, about, aside)
-        if args.check_logits:
-            about["logits"] = check_logits(plan, adapters[0].folder, aside)
-        inputs = [plan.base / shard for shard in plan.shards]
-        inputs += [adapter.folder / "adapter_model.safetensors" for adapter in adapters]
-        inside = argparse.Namespace(**{**vars(args), "out": aside})
-        described = shared.describe_inputs(inputs, hashes)
-        shared.finish_run(inside, described, started, hashes=hashes, **about)
+    inputs = [plan.base / shard for shard in plan.shards]
+    inputs += [adapter.folder / "adapter_model.safetensors" for adapter in adapters]
+    with hashing() as sha256:
+        hashes = {file: sha256(file) for file in inputs}
+        import torch  # takes a second, hence after the hashes were begun
+
+        torch.set_num_threads(1)  # several would wait for each other at the end of each block
+        about = describe_merge(args, plan, adapters)
+        with folder_aside(args.out, args.overwrite) as aside:
+            about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
+            about["proof"] = Counter()
+            for number, shard in enumerate(plan.shards, 1):
+                about["proof"] += write_shard(plan, shard, aside, args.seed)
+                hashes[aside / shard] = sha256(aside / shard)
+                print(f"shard {number} of {len(plan.shards)} written and proved", file=sys.stderr)
+            if plan.norms:
+                print(norms := norm_table(plan))
+                about["norms"] = norms.splitlines()
+            write_rest(plan, about, aside)
+            if args.check_logits:
+                about["logits"] = check_logits(plan, adapters[0].folder, aside)
+            found = {file: job.result() for file, job in hashes.items()}
+            inside = argparse.Namespace(**{**vars(args), "out": aside})
+            described = shared.describe_inputs(inputs, found)
+            shared.finish_run(inside, described, started, hashes=found, **about)
     print(f"wrote {args.out}: {len(plan.changed())} of {len(plan.tensors)} tensors changed. Next:")
     print(shlex.join(next_command(args, about["adapters"])))
 
