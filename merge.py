@@ -767,8 +767,9 @@ def main(argv: list[str] | None = None) -> None:
     for adapter in adapters:
         add_adapter(adapter, plan)
     check_room(args, plan, adapters)
-    inputs = [plan.base / shard for shard in plan.shards]
-    inputs += [adapter.folder / "adapter_model.safetensors" for adapter in adapters]
+    inputs = [plan.base / name for name in ("config.json", *plan.shards)]
+    stored = ("adapter_config.json", "adapter_model.safetensors")
+    inputs += [adapter.folder / name for adapter in adapters for name in stored]
     with hashing() as sha256:
         hashes = {file: sha256(file) for file in inputs}
         import torch  # takes a second, hence after the hashes were begun
