@@ -42,6 +42,7 @@ from build_dataset import (
     Row,
     UserError,
     check_output,
+    check_unchanged,
     describe_inputs,
     finish_run,
     first_line,
@@ -796,6 +797,7 @@ def score_model(
 ) -> Row:
     """{"about", "results"} of a model; each task's file is written when the task is whole."""
     lm = load_model(model, files, args)
+    check_unchanged(model_inputs(files))  # chunks are named by these hashes
     folder = args.out / folder_name(model)
     about = {"folder": folder.name, "adapter": args.adapter, "load_in_4bit": args.load_in_4bit}
     about["dtype"] = str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
@@ -1215,12 +1217,9 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def inputs_of(args: argparse.Namespace, files: dict[str, dict[str, str]]) -> dict[str, Row]:
-    """For run.json: benchmark files, task files, and the models' own, which were hashed before."""
-    tasks = [Path(path) for path in args.task if Path(path).is_file()]
-    hashed = {path: sha256 for found in files.values() for path, sha256 in found.items()}
-    local = {path: {"sha256": h} for path, h in hashed.items() if Path(path).is_file()}
-    return describe_inputs([*local_inputs(args), *tasks]) | local
+def model_inputs(files: dict[str, str]) -> dict[str, Row]:
+    """A model's own files for run.json, with the hashes from before they were loaded."""
+    return {path: {"sha256": known} for path, known in files.items() if Path(path).is_file()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1238,13 +1237,16 @@ def main(argv: list[str] | None = None) -> None:
     import_harness()
     pick_device(args)
     files = check_models(args)
-    inputs = inputs_of(args, files)  # before they are read
+    given = [Path(path) for path in args.task if Path(path).is_file()]
+    inputs = describe_inputs([*local_inputs(args), *given])  # before they are read
     tasks = benchmark_tasks(args) if files else {}
+    check_unchanged(inputs)
     if args.contamination and files and not args.rank:
         warn_unchecked(args.contamination, flagged, tasks)
     with nullcontext() if args.rank else output_folder(args.out, args.overwrite):
         for model in args.model:
             add_run(runs, model, score_model(model, files[model], tasks, args))
+            inputs |= model_inputs(files[model])
         if args.rank:
             return None
         text = write_results(args, runs, flagged)
