@@ -81,8 +81,8 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(print(f"error: {one_line(error)}", file=sys.stderr) or 2)
 
 
-def one_line(error: Exception) -> str:
-    """An error's text on one line of at most 500 characters, whatever data is in it.
+def one_line(error: Exception | str) -> str:
+    """An error's or another text on one line of at most 500 characters, whatever data is in it.
 
     >>> one_line(ValueError("line 3:\\n\\x1b[2J"))
     'line 3: \\\\x1b[2J'

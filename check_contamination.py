@@ -52,6 +52,7 @@ from build_dataset import (
     hub_fault,
     lettered,
     make_parser,
+    one_line,
     output_folder,
     question_of,
     read_records,
@@ -797,6 +798,8 @@ def apply(args: argparse.Namespace, started: float) -> None:
     if run["inputs"].get(str(dataset), {}).get("sha256") != inputs[str(dataset)]["sha256"]:
         raise UserError(f"{dataset} changed since it was checked: check it with --overwrite")
     rows, pairs = read_rows(dataset), read_jsonl(files[0], PAIR)
+    check_unchanged(inputs)
+    digest = sha256_of(log) if log.exists() else None  # before it is read: later verdicts are newer
     decisions = read_decisions(log)
     gone = removed_ids(pairs, decisions, args.remove)
     clean = [row for row in rows if row["id"] not in gone]
@@ -813,12 +816,11 @@ def apply(args: argparse.Namespace, started: float) -> None:
     write_file(args.out / "removed.jsonl", to_jsonl(removed))
     write_file(args.out / "table.md", text + "\n")
     counts = {"clean": len(clean), "removed": len(removed), "undecided_pairs": len(undecided)}
-    known = {"decisions_sha256": sha256_of(log) if log.exists() else None}
-    known |= {"undecided": undecided, "stale": stale, "tables": tables}
+    known = {"decisions_sha256": digest, "undecided": undecided, "stale": stale, "tables": tables}
     finish_run(args, inputs, started, name="apply.json", counts=counts, **known)
     print(f"{text}\n\n{len(pairs):,} pairs; to review them: python tui.py {args.out}")
     for name, found in (("undecided pairs", undecided), ("verdicts of former pairs", stale)):
-        shown = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
+        shown = one_line(", ".join(found[:3])) + ", ..." * (len(found) > 3)
         print(f"{len(found):,} {name} ({shown}; all in apply.json)" if found else f"0 {name}")
     print(f"wrote {out}: {len(clean):,} of {len(rows):,} rows. Next:")
     print(f"python finetune.py --data {out}")

@@ -42,6 +42,7 @@ from build_dataset import (
     Row,
     UserError,
     check_output,
+    check_unchanged,
     describe_inputs,
     finish_run,
     first_line,
@@ -796,6 +797,7 @@ def score_model(
 ) -> Row:
     """{"about", "results"} of a model; each task's file is written when the task is whole."""
     lm = load_model(model, files, args)
+    check_unchanged(model_inputs(files))  # chunks are named by these hashes
     folder = args.out / folder_name(model)
     about = {"folder": folder.name, "adapter": args.adapter, "load_in_4bit": args.load_in_4bit}
     about["dtype"] = str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
@@ -1234,14 +1236,17 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def inputs_of(args: argparse.Namespace, files: dict[str, dict[str, str]]) -> dict[str, Row]:
-    """For run.json: what is read of benchmarks, tasks and other folders; models' are hashed."""
+def inputs_of(args: argparse.Namespace) -> dict[str, Row]:
+    """For run.json: the files of benchmarks, tasks and other folders; models' come when read."""
     names = ("pairs.jsonl", "decisions.jsonl") if args.contamination else ()
     more = [Path(path) for path in args.task] + [args.contamination / name for name in names]
     more += [folder / "results.json" for folder in args.compare]
-    hashed = {path: sha256 for found in files.values() for path, sha256 in found.items()}
-    local = {path: {"sha256": h} for path, h in hashed.items() if Path(path).is_file()}
-    return describe_inputs([*local_inputs(args), *filter(Path.is_file, more)]) | local
+    return describe_inputs([*local_inputs(args), *filter(Path.is_file, more)])
+
+
+def model_inputs(files: dict[str, str]) -> dict[str, Row]:
+    """A model's own files for run.json, with the hashes from before they were loaded."""
+    return {path: {"sha256": known} for path, known in files.items() if Path(path).is_file()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1253,19 +1258,21 @@ def main(argv: list[str] | None = None) -> None:
         return print(f"{args.out} is finished: nothing to resume")
     used = [*args.model, *args.compare, args.adapter, args.contamination]
     check_output(args.out, args.overwrite, *(Path(path) for path in used if path))
+    inputs = inputs_of(args)  # before they are read
     flagged = flagged_questions(args.contamination)
     runs = earlier_runs(args.compare)
     check_same_questions(runs)
     import_harness()
     pick_device(args)
     files = check_models(args)
-    inputs = inputs_of(args, files)  # before they are read
     tasks = benchmark_tasks(args) if files else {}
+    check_unchanged(inputs)
     if args.contamination and files and not args.rank:
         warn_unchecked(args.contamination, flagged, tasks)
     with nullcontext() if args.rank else output_folder(args.out, args.overwrite):
         for model in args.model:
             add_run(runs, model, score_model(model, files[model], tasks, args))
+            inputs |= model_inputs(files[model])
         if args.rank:
             return None
         text = write_results(args, runs, flagged)

@@ -47,6 +47,7 @@ from build_dataset import (
     check_output,
     check_unchanged,
     describe_inputs,
+    file_state,
     finish_run,
     first_line,
     make_parser,
@@ -595,6 +596,7 @@ def prepare(args: argparse.Namespace, stop: Stop) -> tuple[Run, Row]:
 
     rows, device, folder = load_rows(args), find_device(args), base_folder(args.base_model)
     torch.manual_seed(args.seed)
+    files = {path: file_state(path) for path in folder.glob("*.safetensors")}
     model, tokenizer = load_model(args, folder, device)
     known, n = tokenise(rows, tokenizer, args.cutoff), args.val_set_size
     if len(known) <= n:
@@ -614,6 +616,8 @@ def prepare(args: argparse.Namespace, stop: Stop) -> tuple[Run, Row]:
     settings |= {"seed": args.seed, "limit": args.limit, "device": device.type, "processes": WORLD}
     settings |= {"micro_batch_tokens": capacity, "data": sha256_of(args.data)}
     settings |= {"base": base_fingerprint(folder)}
+    what = "changed while it was read: run the command again"
+    refuse({f"{path} {what}": file_state(path) != state for path, state in files.items()})
     counts = report(args, known, sizes, len(rows), tokenizer.eos_token_id)
     above = 0 if args.shard else cpu_room(model) if device.type == "cpu" else math.inf
     above = {True: 0, False: math.inf}.get(args.gradient_checkpointing, above)

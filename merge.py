@@ -80,6 +80,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     begin: int  # bytes from the file's start
     end: int
+    state: tuple[int, ...]  # of the file, by file_state(), before its header was read
 
     def raw(self, rows: slice) -> "torch.Tensor":
         """The bytes of these rows: uint8 [len(rows), bytes of a row]."""
@@ -91,7 +92,13 @@ class Stored(NamedTuple):
         with self.path.open("rb") as file:  # not mapped: what is read is all the memory it takes
             file.seek(self.begin + top * block.shape[1])
             file.readinto(block.numpy())
+        self.check()
         return block
+
+    def check(self) -> None:
+        """Refuse a file that has changed since: nobody knows what was read of it."""
+        if shared.file_state(self.path) != self.state:
+            raise UserError(f"{self.path} changed while it was read: run the command again")
 
     def read(self, rows: slice = slice(None)) -> "torch.Tensor":
         """These rows: [len(rows), columns]."""
@@ -204,6 +211,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """
     from safetensors import SafetensorError, safe_open
 
+    state = shared.file_state(path)
     try:
         with safe_open(path, "np") as file:  # checks types, sizes, gaps, and the file's length
             names = file.offset_keys()
@@ -214,7 +222,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         header = json.loads(file.read(start - 8))
     places = {name: (start + at for at in header[name]["data_offsets"]) for name in names}
     about = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in names}
-    return {name: Stored(path, *about[name], *places[name]) for name in names}
+    return {name: Stored(path, *about[name], *places[name], state) for name in names}
 
 
 def read_adapter(folder: Path, weight: float) -> Adapter:
@@ -792,6 +800,9 @@ def main(argv: list[str] | None = None) -> None:
             found = {file: job.result() for file, job in hashes.items()}
             inside = argparse.Namespace(**{**vars(args), "out": aside})
             described = shared.describe_inputs(inputs, found)
+            for tensors in (plan.tensors, *(adapter.tensors for adapter in adapters)):
+                for stored in tensors.values():
+                    stored.check()
             shared.finish_run(inside, described, started, hashes=found, **about)
     print(f"wrote {args.out}: {len(plan.changed())} of {len(plan.tensors)} tensors changed. Next:")
     print(shlex.join(next_command(args, about["adapters"])))

@@ -30,6 +30,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -887,6 +888,7 @@ VerticalScroll { scrollbar-size: 1 1; overflow-x: auto; }
 Ask { align: center middle; }
 Ask > Vertical { width: 64; max-width: 95%; height: auto; padding: 1 2; border: round $primary;
                  background: $surface; }
+.-narrow FooterKey:last-of-type { dock: right; margin: 0; padding-left: 1; }
 #small { display: none; width: 100%; height: 100%; content-align: center middle; }
 .-wide #sides { layout: horizontal; }
 .-narrow #body { layout: vertical; }
@@ -1458,6 +1460,8 @@ def main(argv: list[str] | None = None) -> None:
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         print(summary(args.folder))
         return
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a lost connection, too, leaves all tidy
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with replay(args) if args.demo else contextlib.nullcontext():
         make_app(args).run()
 

@@ -680,6 +680,11 @@ def test_nothing_is_cut_at_80_by_24(folder) -> None:
     drive(folder, script)
 
 
+def test_the_key_that_shows_all_keys_is_in_sight_at_40_columns(folder) -> None:
+    for tab in "1234":
+        assert "? keys" in drive(folder, [tab], size=(40, 24)).lines_shown[-1]
+
+
 def test_faults_are_a_line_on_the_screen(folder, monkeypatch) -> None:
     pairs = folder / "contamination/pairs.jsonl"
     with pairs.open("a") as file:
@@ -764,6 +769,9 @@ class Terminal:
     def text(self) -> str:
         return OURS.sub("", self.data.decode("utf-8", "surrogateescape"))
 
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
     def press(self, keys: str) -> int:
         seen = len(self.text())
         os.write(self.master, keys.encode())
@@ -773,7 +781,7 @@ class Terminal:
         began = time.monotonic()
         while text not in self.text()[since:]:
             assert time.monotonic() < began + seconds, (text, self.text()[since:][-3000:])
-            assert self.process.poll() is None, self.text()[-3000:]
+            assert self.alive(), self.text()[-3000:]
             time.sleep(0.02)
         return time.monotonic() - began
 
