@@ -1244,6 +1244,13 @@ def inputs_of(args: argparse.Namespace) -> dict[str, Row]:
     return describe_inputs([*local_inputs(args), *filter(Path.is_file, more)])
 
 
+def task_files(tasks: dict[str, tuple[str, "ConfigurableTask"]]) -> list[Path]:
+    """The local files that tasks' YAML names."""
+    named = [(task.config.dataset_kwargs or {}).get("data_files") for _, task in tasks.values()]
+    files = {file for found in named if isinstance(found, dict) for file in found.values()}
+    return [Path(file) for file in sorted(map(str, files)) if Path(file).is_file()]
+
+
 def model_inputs(files: dict[str, str]) -> dict[str, Row]:
     """A model's own files for run.json, with the hashes from before they were loaded."""
     return {path: {"sha256": known} for path, known in files.items() if Path(path).is_file()}
@@ -1266,6 +1273,7 @@ def main(argv: list[str] | None = None) -> None:
     pick_device(args)
     files = check_models(args)
     tasks = benchmark_tasks(args) if files else {}
+    inputs |= describe_inputs(task_files(tasks))
     check_unchanged(inputs)
     if args.contamination and files and not args.rank:
         warn_unchecked(args.contamination, flagged, tasks)

@@ -13,7 +13,7 @@ The sample has questions of each benchmark; `full suite` scales each way's secon
 a run costs with one question, by the tokens that the way needs for all questions, which are counted
 without a forward pass.
 Without a GPU it computes in one thread and counts CPU time, which other processes change little;
-that takes about 4 minutes of it.
+that takes about 15 minutes of it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SIZES = {  # hidden, intermediate, layers, heads, vocabulary, type
     "7b": (4096, 11008, 32, 32, 32_000, "bfloat16"),  # Llama 2's shapes
     "13b": (5120, 13824, 40, 40, 32_000, "bfloat16"),
 }
-QUESTIONS = {"arc": 3, "hellaswag": 12, "mmlu": 1, "truthfulqa": 6}  # of MMLU: subjects, whole
+QUESTIONS = {"arc": 10, "hellaswag": 40, "mmlu": 3, "truthfulqa": 24}  # of MMLU: subjects, whole
 SUBJECTS = ("abstract_algebra", "machine_learning", "astronomy", "professional_law")
 FULL = {"arc": 1172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
 GPU_FACTOR = 20  # the sample on a GPU is this many times larger

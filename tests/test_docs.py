@@ -21,7 +21,7 @@ LONGEST = {  # lines now, above the aim of 600 (tui: 1,000); what others import 
     "check_contamination": 607,
     "finetune": 980,
     "merge": 824,
-    "evaluate": 1285,
+    "evaluate": 1294,
     "tui": 1471,
 }
 LONGEST_SHARED = 435  # lines of "# --- shared" sections: files, flags, run.json, embeddings
