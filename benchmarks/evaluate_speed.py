@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path[0] = str(ROOT)  # not this folder: it has a merge.py, too
 SIZES = {  # hidden, intermediate, layers, heads, vocabulary, type
     "small": (512, 1376, 4, 8, 8_192, "float32"),  # 12.6 M parameters in its layers
     "7b": (4096, 11008, 32, 32, 32_000, "bfloat16"),  # Llama 2's shapes
