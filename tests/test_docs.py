@@ -101,6 +101,16 @@ def test_first_command_of_each_docstring_runs(tmp_path) -> None:
     assert "flagged pairs" in done.stdout
 
 
+def test_the_fork_guide_names_constants_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    guide = readme.partition("| to change | edit |")[2].partition("\n\n")[0]
+    found = re.findall(r"((?:`[A-Z_]+`(?:, )?)+) in `(\w+)\.py`", guide)
+    assert len(found) >= 8
+    for names, script in found:
+        for name in re.findall(r"`(\w+)`", names):
+            assert hasattr(module(script), name), (script, name)
+
+
 @pytest.mark.slow
 def test_the_full_run_of_the_readme_runs(tmp_path) -> None:
     """Each command that needs neither hub nor GPU, on the demo's data; the walk back ends well."""
