@@ -312,7 +312,10 @@ def run_step(script: str, args: list[str], log: Path, fault: str) -> None:
     put_in_the_way(fault)
     module = load_evaluate() if script == "evaluate" else __import__(script)
     print(STARTED, flush=True)
-    build.run_main(module.main)
+    try:
+        build.run_main(module.main)
+    finally:  # what comes while the interpreter ends is no fault of the step's
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Step:
