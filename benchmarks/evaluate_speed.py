@@ -263,7 +263,8 @@ def measure_all(
             runs["harness"].append(measure(stock(found["batch"]), meter, of, limit, cuda))
             runs["ours"].append(measure(ours, meter, of, limit, cuda))
         theirs, mine = (runs[way][-1]["answers"] for way in runs)
-        found["questions"] = len({key[1] for key in theirs} if len(of) > 1 else theirs)
+        # TruthfulQA's two tasks ask the same questions, MMLU's subjects do not
+        found["questions"] = len({(name == "mmlu" and task, row) for task, row in theirs})
         pairs = [zip(theirs[key], mine[key], strict=True) for key in theirs]
         found["difference"] = max(abs(x - y) for pair in pairs for x, y in pair)
         for way, several in runs.items():
