@@ -16,6 +16,8 @@ cat <<'NEXT'
 That was the whole method on embedded data: `world` is what was taught, the benchmarks show wiring.
 Review the flagged pairs and see the loss curve:
     source .venv/bin/activate && python tui.py out/demo
+Walk from the scores back to the rows, every file hashed again:
+    python tui.py out/demo/eval --lineage
 The real run, on a GPU (it loads the sources and benchmarks from the hub):
     python build_dataset.py
     python check_contamination.py
