@@ -340,7 +340,7 @@ def finish_run(
         "seconds": round(time.monotonic() - start, 1),
     }
     text = json.dumps(run | {"sha256": ""}, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_file(args.out / name, sealed(text.encode()))
+    write_file(args.out / name, sealed(text.encode("utf-8", "backslashreplace")))
 
 
 def sealed(text: bytes) -> bytes:

@@ -33,7 +33,7 @@ import time
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -633,7 +633,11 @@ def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) 
     """
     from finetune import base_fingerprint
 
-    warnings, quantised, found = [], False, base_fingerprint(plan.base)
+    warnings, quantised = [], False
+    try:
+        found = base_fingerprint(plan.base)
+    except (ValueError, LookupError, TypeError):  # headers that were good a moment ago
+        raise UserError(f"{plan.base} changed while it was read: run the command again") from None
     for folder, _, config, _ in adapters:
         path = folder / "base_fingerprint.json"
         known = read_json(path, {"load_in_4bit": bool}) if path.exists() else {}
@@ -726,12 +730,18 @@ def folder_aside(out: Path, overwrite: bool) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(aside)
             raise
-    with output_folder(out, overwrite):
-        for name in stale:
-            (out / name).unlink(missing_ok=True)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "run.json"):
-            os.replace(path, out / path.name)
-    aside.rmdir()
+        try:  # nobody else may take `aside` before all of it has moved
+            with output_folder(out, overwrite):
+                for name in stale:
+                    (out / name).unlink(missing_ok=True)
+                moved = set(aside.iterdir()) - {aside / shared.UNFINISHED}
+                for path in sorted(moved, key=lambda path: path.name == "run.json"):
+                    os.replace(path, out / path.name)
+        except UserError:  # another process has finished `out`
+            shutil.rmtree(aside)
+            raise
+    with suppress(OSError):  # a third process has begun in it
+        aside.rmdir()
 
 
 def check_room(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) -> None:

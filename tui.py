@@ -1412,6 +1412,11 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             yield Static(id="small")
             yield Footer(compact=True, show_command_palette=False)
 
+        def on_load(self) -> None:  # from here on the terminal is not as it was
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                leave = functools.partial(self.exit, return_code=128 + number)
+                asyncio.get_running_loop().add_signal_handler(number, leave)
+
         def on_mount(self) -> None:
             self.query_one(Tabs).can_focus = False
             self.action_tab("review")
@@ -1463,7 +1468,8 @@ def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # a lost connection, too, leaves all tidy
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with replay(args) if args.demo else contextlib.nullcontext():
-        make_app(args).run()
+        (app := make_app(args)).run()
+    sys.exit(app.return_code)
 
 
 if __name__ == "__main__":
