@@ -72,6 +72,7 @@ LOOKS = {  # verdict -> letter, colour of the theme, filling of the bar, which t
     None: ("·", "bold", " "),
 }
 DIM = "dim"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: a lost connection
 RUNS = ("run.json", "apply.json")  # what a step's folder says of the files it read and wrote
 PAIRS, LOG = ("contamination", "pairs.jsonl"), ("adapter", "train_log.jsonl")
 SHORT = {"gray-area": "gray", "similar-but-different": "similar", "not-a-leak": "no leak"}
@@ -1413,7 +1414,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             yield Footer(compact=True, show_command_palette=False)
 
         def on_load(self) -> None:  # from here on the terminal is not as it was
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in ENDING:
                 leave = functools.partial(self.exit, return_code=128 + number)
                 asyncio.get_running_loop().add_signal_handler(number, leave)
 
@@ -1465,7 +1466,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         print(summary(args.folder))
         return
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a lost connection, too, leaves all tidy
+    for number in ENDING:  # until the app has a loop, which would swallow a Ctrl-C now and then
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with replay(args) if args.demo else contextlib.nullcontext():
         (app := make_app(args)).run()
