@@ -734,12 +734,14 @@ def lineage(folder: Path) -> list[StepState]:
     found: dict[Path, StepState | None] = {}
 
     def visit(path: Path) -> None:
-        if path.resolve() in found or not is_step(path):
+        key = path.resolve()
+        if key in found or not is_step(path):
             return
-        found[path.resolve()] = None
+        found[key] = None
         for name in [name for run in RUNS for name, _ in files_of(path / run, "inputs")]:
             visit(next(filter(is_step, (at.parent for at in places(name, path))), path))
-        found[path.resolve()] = found.pop(path.resolve()) or step_state(path)
+        del found[key]  # so that it stands behind those that it came from
+        found[key] = step_state(path)
 
     for state in [] if is_step(folder) else pipeline_states(folder, hashed=False):
         visit(state.folder)
