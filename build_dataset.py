@@ -56,6 +56,7 @@ CHUNK = 256  # texts embedded between two commits of the cache: a kill loses at 
 BLOCK, BLOCK_COLUMNS = 1024, 8192  # one block of cosines: 1,024 x 8,192 x 4 bytes = 32 MB
 UNFINISHED = ".unfinished"  # in an output folder from its first write until run.json stands there
 STANDING: dict[Path, dict[Path, tuple[int, ...]]] = {}  # by output_folder(): what was there
+INPUTS: dict[str, tuple[int, ...]] = {}  # by describe_inputs(): a file's state before its hash
 PACKAGES = ("torch", "transformers", "peft", "datasets", "sentence-transformers", "lm_eval")
 
 
@@ -77,6 +78,9 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(print("interrupted: no output was finished", file=sys.stderr) or 130)
+    except ModuleNotFoundError as error:
+        mend = "run source .venv/bin/activate (bash demo.sh makes it) and the command again"
+        sys.exit(print(f"error: no package {error.name} here: {mend}", file=sys.stderr) or 2)
     except (UserError, OSError, sqlite3.Error) as error:  # the latter two: a full disk, no rights
         sys.exit(print(f"error: {one_line(error)}", file=sys.stderr) or 2)
 
@@ -295,13 +299,19 @@ def describe(path: Path, hashes: dict[Path, str] | None = None) -> dict[str, Any
 
 def describe_inputs(paths: list[Path], hashes: dict[Path, str] | None = None) -> dict[str, Row]:
     """What run.json says of its inputs; to be asked before they are read."""
+    INPUTS.update({str(path): file_state(path) for path in paths})
     return {str(path): describe(path, hashes) for path in paths}
 
 
 def check_unchanged(inputs: dict[str, dict[str, Any]]) -> None:
-    """Refuse inputs that changed since describe_inputs(): nobody knows what was read of them."""
+    """Refuse inputs that changed since describe_inputs(): nobody knows what was read of them.
+
+    Only a file whose size, time or inode is another one is hashed again: models are large.
+    """
     for path, about in inputs.items():
-        if not Path(path).is_file() or describe(Path(path)) != about:
+        if (now := file_state(Path(path))) != INPUTS[path] and not (
+            now and describe(Path(path)) == about
+        ):
             raise UserError(f"{path} changed while it was read: run the command again")
 
 

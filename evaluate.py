@@ -53,7 +53,6 @@ from build_dataset import (
     read_object,
     refuse,
     run_main,
-    sha256_of,
     write_file,
 )
 from check_contamination import (
@@ -198,9 +197,13 @@ def import_harness() -> None:
     found = sys.modules.get("evaluate")
     if found and Path(found.__file__ or "").resolve() == Path(__file__).resolve():
         del sys.modules["evaluate"]
+    import datasets
+    import lm_eval.api.task
     import lm_eval.models.huggingface  # noqa: F401
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # two lines of hints for every subject
+    lm_eval.api.task.tqdm = lambda rows, **_: rows  # and a bar for each, which has no name
+    datasets.disable_progress_bars()
 
 
 def harness_task(path: Path, shots: int, subject: Subject | None) -> "ConfigurableTask":
@@ -356,11 +359,11 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / wanted).is_file() or not weights:
         raise UserError(f"{flag} {name} is no {flag[2:]}: it has no {wanted} with .safetensors")
-    files = {p: sha256_of(p) for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES}
-    files.pop(folder / "run.json", None)
+    read = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES]
+    files = describe_inputs([path for path in read if path.name != "run.json"])
     listed = read_object(folder / "run.json").get("outputs", {})
-    for path, sha256 in files.items():
-        if listed.get(path.name, {"sha256": sha256})["sha256"] != sha256:
+    for path, about in files.items():
+        if listed.get(Path(path).name, about)["sha256"] != about["sha256"]:
             raise UserError(f"{path} changed after its folder's run.json: make the folder again")
     for path in weights:
         read_header(path)  # refuses a file that was cut short
@@ -374,7 +377,7 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
         # where files are missing, some classes make an empty tokenizer of their own
         if not any((folder / file).is_file() for file in [*known, "tokenizer.json"]):
             raise UserError(f"{flag} {name} has no tokenizer files: copy its base's there")
-    return {str(path): sha256 for path, sha256 in files.items()}
+    return {path: about["sha256"] for path, about in files.items()}
 
 
 def pick_device(args: argparse.Namespace) -> str:

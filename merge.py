@@ -19,6 +19,7 @@ only then does the folder get its name. Kinds of LoRA that are not W + scale * B
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,8 +31,8 @@ import struct
 import sys
 import threading
 import time
-from collections import Counter, namedtuple
-from collections.abc import Callable, Iterator
+from collections import Counter, deque, namedtuple
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_ELEMENTS = 1 << 18  # of a tensor in work at a time: 1 MB in float32, a core's L2 cache
+AHEAD = 8  # blocks that may wait to be written and hashed: 4 MB in 16 bit
 ROWS = 64  # blocks start at a multiple of this: BLAS sums in another order where B is unaligned
 SAMPLED = 4  # neighbouring rows computed again in each of three places of a changed tensor
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -500,8 +502,63 @@ def new_blocks(plan: Plan, name: str) -> Iterator["torch.Tensor"]:
 # --- writing and proving --------------------------------------------------------------------------
 
 
-def write_shard(plan: Plan, shard: str, out: Path, seed: int) -> Counter:
-    """Write one shard, with a new head behind its embedding, and read it again to prove it."""
+class Beside:
+    """Threads that hash, write and sync while the caller computes; a `with` block ends them."""
+
+    def __init__(self) -> None:
+        self.ended, self.syncs = threading.Event(), []
+        # of files as a whole; the other two take the blocks of one file in their order
+        self.files, self.writer, self.hasher = (ThreadPoolExecutor(count) for count in (2, 1, 1))
+
+    def __enter__(self) -> "Beside":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()  # so Ctrl-C waits for a buffer, not for a file
+        for pool in (self.files, self.writer, self.hasher):
+            pool.shutdown(cancel_futures=True)
+
+    def hash(self, path: Path) -> Future:
+        """The sha256 of a file, once it is known."""
+        return self.files.submit(self._hash, path)
+
+    def _hash(self, path: Path) -> str:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(4 << 20))  # 2 ms of work
+        with path.open("rb", buffering=0) as file:
+            while not self.ended.is_set() and (size := file.readinto(buffer)):
+                digest.update(buffer[:size])
+        return digest.hexdigest()
+
+    def write(self, path: Path, blocks: Iterator[Any]) -> Future:
+        """Write a file of these blocks of bytes; its sha256, once it is known. See sync()."""
+        digest, waiting = hashlib.sha256(), deque()
+        with path.open("wb") as file:
+            for block in blocks:
+                written = self.writer.submit(file.write, block)
+                waiting.append((written, self.hasher.submit(digest.update, block)))
+                while len(waiting) > AHEAD:
+                    wait(waiting.popleft())
+            wait(itertools.chain(*waiting))
+        self.syncs.append(self.files.submit(self._sync, path))
+        return self.hasher.submit(digest.hexdigest)
+
+    def _sync(self, path: Path) -> None:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        """Return when all that was written is on the disk. Raises OSError."""
+        wait(self.syncs)
+
+
+def wait(jobs: Iterable[Future]) -> None:
+    """Return when all jobs are done; raises what one of them raised."""
+    for job in jobs:
+        job.result()
+
+
+def shard_bytes(plan: Plan, shard: str) -> Iterator[Any]:
+    """A new shard's bytes, with a new head behind its embedding: the header, then its blocks."""
     mine = {name: stored for name, stored in plan.tensors.items() if stored.path.name == shard}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
@@ -510,35 +567,19 @@ def write_shard(plan: Plan, shard: str, out: Path, seed: int) -> Counter:
         header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": places}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors' bytes begin at a multiple of 8
-    with (out / shard).open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in mine:
-            for block in new_blocks(plan, name):
-                file.write(block.numpy())
-        file.flush()
-        os.fsync(file.fileno())
+    yield struct.pack("<Q", len(text)) + text
+    for name in mine:
+        yield from (block.numpy() for block in new_blocks(plan, name))
+
+
+def write_shard(
+    plan: Plan, shard: str, out: Path, seed: int, beside: Beside
+) -> tuple[Counter, Future]:
+    """Write a shard and read it again: (what proved it, its sha256 once it is known)."""
+    sha256 = beside.write(out / shard, shard_bytes(plan, shard))
     written = read_header(out / shard)
-    return sum((prove(plan, name, new, seed) for name, new in written.items()), Counter())
-
-
-@contextmanager
-def hashing() -> Iterator[Callable[[Path], Future]]:
-    """A function that has a file's sha256 taken beside other work, while the block lasts."""
-    # hashing takes longer than all else: a second thread joins in when the main one waits
-    ended, pool = threading.Event(), ThreadPoolExecutor(2)
-
-    def read(path: Path) -> str:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(4 << 20))  # 2 ms of work
-        with path.open("rb", buffering=0) as file:
-            while not ended.is_set() and (size := file.readinto(buffer)):
-                digest.update(buffer[:size])
-        return digest.hexdigest()
-
-    try:
-        yield lambda path: pool.submit(read, path)
-    finally:  # so Ctrl-C waits for a buffer, not for a file
-        ended.set()
-        pool.shutdown(cancel_futures=True)
+    proofs = (prove(plan, name, new, seed) for name, new in written.items())
+    return sum(proofs, Counter()), sha256
 
 
 def prove(plan: Plan, name: str, new: Stored, seed: int) -> Counter:
@@ -788,8 +829,8 @@ def main(argv: list[str] | None = None) -> None:
     inputs = [plan.base / name for name in ("config.json", *plan.shards)]
     stored = ("adapter_config.json", "adapter_model.safetensors")
     inputs += [adapter.folder / name for adapter in adapters for name in stored]
-    with hashing() as sha256:
-        hashes = {file: sha256(file) for file in inputs}
+    with Beside() as beside:
+        hashes = {file: beside.hash(file) for file in inputs}
         import torch  # takes a second, hence after the hashes were begun
 
         torch.set_num_threads(1)  # several would wait for each other at the end of each block
@@ -798,8 +839,8 @@ def main(argv: list[str] | None = None) -> None:
             about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
             about["proof"] = Counter()
             for number, shard in enumerate(plan.shards, 1):
-                about["proof"] += write_shard(plan, shard, aside, args.seed)
-                hashes[aside / shard] = sha256(aside / shard)
+                proof, hashes[aside / shard] = write_shard(plan, shard, aside, args.seed, beside)
+                about["proof"] += proof
                 print(f"shard {number} of {len(plan.shards)} written and proved", file=sys.stderr)
             if plan.norms:
                 print(norms := norm_table(plan))
@@ -807,6 +848,7 @@ def main(argv: list[str] | None = None) -> None:
             write_rest(plan, about, aside)
             if args.check_logits:
                 about["logits"] = check_logits(plan, adapters[0].folder, aside)
+            beside.sync()
             found = {file: job.result() for file, job in hashes.items()}
             inside = argparse.Namespace(**{**vars(args), "out": aside})
             described = shared.describe_inputs(inputs, found)

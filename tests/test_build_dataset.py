@@ -2,6 +2,7 @@
 not depend on order or block size; every row is accounted for; planted repeats are found."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -401,6 +402,19 @@ def test_invalid_rows_are_counted_with_their_place(tmp_path) -> None:
     done = run_script("build_dataset", *args, "--out", tmp_path / "strict", "--strict")
     assert_refused(done, "math_train.jsonl:2")
     assert not (tmp_path / "strict").exists()
+
+
+def test_an_input_that_is_only_touched_is_the_same(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    inputs = build.describe_inputs([path])
+    build.check_unchanged(inputs)
+    os.utime(path, (1, 1))
+    build.check_unchanged(inputs)
+    for change in (lambda: path.write_text("[]\n"), path.unlink):
+        change()
+        with pytest.raises(build.UserError, match="rows.jsonl changed while it was read"):
+            build.check_unchanged(inputs)
 
 
 def test_changed_columns_are_named(tmp_path) -> None:

@@ -7,9 +7,11 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -624,6 +626,27 @@ def test_progress_tells_rate_and_time_left(monkeypatch, capsys) -> None:
         said.append(capsys.readouterr().err.splitlines())
     assert said[0] and not said[1] and not said[2]
     assert said[0][0].startswith("m on arc: ") and "questions/s, ETA" in said[0][0]
+
+
+def test_a_terminal_gets_our_bars_alone(tmp_path) -> None:
+    """The harness would draw one without a name for each subject, datasets one for each map."""
+    import pty
+    import termios
+
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 90))  # tqdm draws nothing on a terminal without columns
+    flags = ["--tasks", "mmlu,hellaswag", "--local", ROOT / "demo/data", "--out", tmp_path / "out"]
+    command = [sys.executable, ROOT / "evaluate.py", "--model", BASE, *flags]
+    process = subprocess.Popen(list(map(str, command)), stdout=writer, stderr=writer)
+    os.close(writer)
+    shown = b""
+    with suppress(OSError):  # the end of a terminal
+        while part := os.read(reader, 4096):
+            shown += part
+    assert process.wait() == 0
+    bars = [line for line in re.split(r"[\r\n]+", shown.decode()) if "%|" in line]
+    assert "questions/s" in shown.decode()
+    assert all("Loading weights" in line for line in bars), bars
 
 
 # --- comparison -----------------------------------------------------------------------------------

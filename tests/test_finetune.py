@@ -436,6 +436,42 @@ def test_gradient_checkpointing_is_exact_with_dropout(batch) -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.95])
+def test_dropout_on_a_cpu_is_torchs(p: float) -> None:
+    """Each element goes with probability p on its own; what stays is scaled, forward and back."""
+    torch.manual_seed(0)
+    module, n = torch.nn.Dropout(p), 1_000_000
+    x = torch.rand(1, 1000, n // 1000).add(1).requires_grad_()
+    y = finetune.cpu_dropout(module, x)
+    y.backward(torch.ones_like(y))
+    kept = (y != 0).flatten()
+    assert torch.equal(y, torch.where(y != 0, x / (1 - p), 0))
+    assert torch.equal(x.grad, torch.where(y != 0, 1 / (1 - p), 0))
+    deviation = math.sqrt(p * (1 - p) / n)
+    assert abs(1 - p - kept.float().mean()) < 4 * deviation
+    for lag in (1, 2, 1000):  # neighbours in a row and in a column: both go with p squared
+        both = (~kept[lag:] & ~kept[:-lag]).float().mean()
+        assert abs(both - p * p) < 4 * math.sqrt(p * p * (1 - p * p) * 3 / n), lag
+    parts = (~kept).view(10, -1).float().mean(1)  # as many at the beginning as at the end
+    assert (parts - p).abs().max() < 5 * deviation * math.sqrt(10)
+    again = finetune.cpu_dropout(module, x)
+    assert not torch.equal(y, again)
+    torch.manual_seed(0)
+    torch.rand(1, 1000, n // 1000)
+    assert torch.equal(y, finetune.cpu_dropout(module, x))
+    assert torch.equal(x, finetune.cpu_dropout(module.eval(), x))
+
+
+def test_a_cpus_adapter_has_that_dropout(batch) -> None:
+    model = tuned_model(settings(targets="all", lora_dropout=0.5), torch.float32)
+    module = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    x, seen = torch.ones(4, 100), []
+    for make in (module, lambda x: finetune.cpu_dropout(module, x)):
+        torch.manual_seed(3)
+        seen.append(make(x))
+    assert torch.equal(*seen) and 0.3 < (seen[0] == 0).float().mean() < 0.7
+
+
 def test_memory_that_runs_out_turns_gradient_checkpointing_on(batch, monkeypatch, capsys) -> None:
     model, tried = tuned_model(settings()), []
 
