@@ -309,9 +309,8 @@ def check_unchanged(inputs: dict[str, dict[str, Any]]) -> None:
     Only a file whose size, time or inode is another one is hashed again: models are large.
     """
     for path, about in inputs.items():
-        if (now := file_state(Path(path))) != INPUTS[path] and not (
-            now and describe(Path(path)) == about
-        ):
+        now = file_state(Path(path))
+        if now != INPUTS[path] and not (now and describe(Path(path)) == about):
             raise UserError(f"{path} changed while it was read: run the command again")
 
 

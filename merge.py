@@ -572,14 +572,17 @@ def shard_bytes(plan: Plan, shard: str) -> Iterator[Any]:
         yield from (block.numpy() for block in new_blocks(plan, name))
 
 
-def write_shard(
-    plan: Plan, shard: str, out: Path, seed: int, beside: Beside
-) -> tuple[Counter, Future]:
-    """Write a shard and read it again: (what proved it, its sha256 once it is known)."""
-    sha256 = beside.write(out / shard, shard_bytes(plan, shard))
-    written = read_header(out / shard)
-    proofs = (prove(plan, name, new, seed) for name, new in written.items())
-    return sum(proofs, Counter()), sha256
+def write_shards(
+    plan: Plan, out: Path, seed: int, beside: Beside
+) -> tuple[Counter, dict[Path, Future]]:
+    """Write every shard and read it again: (what proved them, sha256 by file)."""
+    proof, hashes = Counter(), {}
+    for number, shard in enumerate(plan.shards, 1):
+        hashes[out / shard] = beside.write(out / shard, shard_bytes(plan, shard))
+        for name, new in read_header(out / shard).items():
+            proof += prove(plan, name, new, seed)
+        print(f"shard {number} of {len(plan.shards)} written and proved", file=sys.stderr)
+    return proof, hashes
 
 
 def prove(plan: Plan, name: str, new: Stored, seed: int) -> Counter:
@@ -714,15 +717,16 @@ def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) 
     return warnings
 
 
-def norm_table(plan: Plan) -> str:
-    """Per layer: norms of the weights, of the change, and of what NF4 took from the weights."""
+def norm_table(plan: Plan) -> dict[str, list[str]]:
+    """Print per layer the norms of weights, change, and what NF4 took; {"norms": the lines}."""
     rows, count = [], 5 if plan.nf4 else 3
     for name, squares in plan.norms.items():
         w, change, error = (math.sqrt(square) for square in squares)
         cells = [w, change, change / (w or math.nan), error, error / (change or math.nan)]
         rows.append([name, *(f"{cell:.4g}" for cell in cells[:count])])
     headers = ["layer", "weights", "change", "change / weights", "NF4 error", "error / change"]
-    return markdown_table(headers[: count + 1], rows)
+    print(table := markdown_table(headers[: count + 1], rows))
+    return {"norms": table.splitlines()}
 
 
 # --- the folder -----------------------------------------------------------------------------------
@@ -837,24 +841,18 @@ def main(argv: list[str] | None = None) -> None:
         about = describe_merge(args, plan, adapters)
         with folder_aside(args.out, args.overwrite) as aside:
             about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
-            about["proof"] = Counter()
-            for number, shard in enumerate(plan.shards, 1):
-                proof, hashes[aside / shard] = write_shard(plan, shard, aside, args.seed, beside)
-                about["proof"] += proof
-                print(f"shard {number} of {len(plan.shards)} written and proved", file=sys.stderr)
-            if plan.norms:
-                print(norms := norm_table(plan))
-                about["norms"] = norms.splitlines()
+            about["proof"], written = write_shards(plan, aside, args.seed, beside)
+            hashes |= written
+            about |= norm_table(plan) if plan.norms else {}
             write_rest(plan, about, aside)
             if args.check_logits:
                 about["logits"] = check_logits(plan, adapters[0].folder, aside)
             beside.sync()
+            for stored in itertools.chain(*(of.tensors.values() for of in (plan, *adapters))):
+                stored.check()
             found = {file: job.result() for file, job in hashes.items()}
-            inside = argparse.Namespace(**{**vars(args), "out": aside})
             described = shared.describe_inputs(inputs, found)
-            for tensors in (plan.tensors, *(adapter.tensors for adapter in adapters)):
-                for stored in tensors.values():
-                    stored.check()
+            inside = argparse.Namespace(**{**vars(args), "out": aside})
             shared.finish_run(inside, described, started, hashes=found, **about)
     print(f"wrote {args.out}: {len(plan.changed())} of {len(plan.tensors)} tensors changed. Next:")
     print(shlex.join(next_command(args, about["adapters"])))

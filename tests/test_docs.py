@@ -20,11 +20,11 @@ STEPS = ["build_dataset", "check_contamination", "finetune", "merge", "evaluate"
 LONGEST = {  # lines now, above the aim of 600 (tui: 1,000); what others import counts apart
     "check_contamination": 607,
     "finetune": 1005,
-    "merge": 876,
+    "merge": 873,
     "evaluate": 1297,
     "tui": 1479,
 }
-LONGEST_SHARED = 435  # lines of "# --- shared" sections: files, flags, run.json, embeddings
+LONGEST_SHARED = 442  # lines of "# --- shared" sections: files, flags, run.json, embeddings
 LONGEST_FUNCTION = 40  # lines of code below its docstring
 INNER = (
     "convert",

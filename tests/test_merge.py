@@ -804,14 +804,14 @@ def test_killed_merges_leave_the_old_model_or_the_new_one(small, tmp_path, stop)
 
 def test_ctrl_c_takes_the_half_written_away(small, tmp_path, monkeypatch) -> None:
     base, adapter = small
-    write = merge.write_shard
+    blocks = merge.shard_bytes
 
-    def interrupted(plan, shard, *args):
+    def interrupted(plan, shard):
         if shard != plan.shards[0]:
             os.kill(os.getpid(), signal.SIGINT)
-        return write(plan, shard, *args)
+        return blocks(plan, shard)
 
-    monkeypatch.setattr(merge, "write_shard", interrupted)
+    monkeypatch.setattr(merge, "shard_bytes", interrupted)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     with pytest.raises(KeyboardInterrupt):
         run_merge(base, tmp_path / "m", "--adapter", adapter)
