@@ -898,6 +898,13 @@ def funnel(rows: list[Row], dropped: list[Row], names: list[str]) -> list[Row]:
     return table
 
 
+def print_table(rows: list[Row]) -> None:
+    """Print rows with the same keys as a Markdown table."""
+    from tabulate import tabulate
+
+    print(tabulate(rows, "keys", "pipe", intfmt=","))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Sources -> rows -> exact -> near -> files."""
     started = time.monotonic()
@@ -920,15 +927,12 @@ def main(argv: list[str] | None = None) -> None:
     assert len(rows) + len(dropped) == read, f"{len(rows)} + {len(dropped)} rows of {read}"
     table = funnel(rows, dropped, names)
     with output_folder(args.out, args.overwrite):
-        rows.sort(key=lambda row: (row["source"], row["id"]))
-        write_file(args.out / "dataset.jsonl", to_jsonl(rows))
-        dropped.sort(key=lambda row: (row["source"], row["id"]))
-        write_file(args.out / "dropped.jsonl", to_jsonl(dropped))
+        for name, written in {"dataset.jsonl": rows, "dropped.jsonl": dropped}.items():
+            written.sort(key=lambda row: (row["source"], row["id"]))
+            write_file(args.out / name, to_jsonl(written))
         counts = {"read": read, "kept": len(rows), "sources": table, "keywords": keywords}
         finish_run(args, inputs, started, counts=counts, embedding=embedder.about)
-    from tabulate import tabulate
-
-    print(tabulate(table, "keys", "pipe", intfmt=","))
+    print_table(table)
     print(f"wrote {args.out}/dataset.jsonl: {len(rows):,} of {read:,} rows. Next:")
     print(f"python check_contamination.py --dataset {args.out}/dataset.jsonl")
 

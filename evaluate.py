@@ -930,6 +930,7 @@ def earlier_runs(folders: list[Path]) -> dict[str, Row]:
                 add_run(runs, model, {"about": about, "results": kept})
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{file} or what it names is not evaluate.py's: {error!r}") from None
+    check_same_questions(runs)
     return runs
 
 
@@ -1271,7 +1272,6 @@ def main(argv: list[str] | None = None) -> None:
     inputs = inputs_of(args)  # before they are read
     flagged = flagged_questions(args.contamination)
     runs = earlier_runs(args.compare)
-    check_same_questions(runs)
     import_harness()
     pick_device(args)
     files = check_models(args)

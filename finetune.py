@@ -502,22 +502,22 @@ def add_adapter(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrain
                 torch.empty(parameter.shape, device="cpu"), 5**0.5
             )
             parameter.data = parameter.data.float().copy_(fresh)
-    for module in model.modules() if model.device.type == "cpu" else ():
+    for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.forward = functools.partial(cpu_dropout, module)
+            module.forward = functools.partial(dropout, module)
     return model
 
 
-def cpu_dropout(module: "torch.nn.Dropout", x: "torch.Tensor") -> "torch.Tensor":
-    """What torch.nn.Dropout does, at a fifth of its time on a CPU: only what goes is drawn.
+def dropout(module: "torch.nn.Dropout", x: "torch.Tensor") -> "torch.Tensor":
+    """What torch.nn.Dropout does, in less than half its time on a CPU: only what goes is drawn.
 
     Whether an element goes is a coin flip of probability p, so the gaps between those that do are
     geometric. Where p is small these are few numbers, and they are all that backward has to keep.
     """
     import torch
 
-    if not module.training or not module.p:
-        return x
+    if x.device.type != "cpu" or not module.training or not module.p:
+        return torch.nn.functional.dropout(x, module.p, module.training)
     expected = x.numel() * module.p
     # enough gaps to pass the end, but for a chance of 1e-15: 8 standard deviations
     gaps = torch.empty(int(expected + 8 * math.sqrt(expected)) + 16).geometric_(module.p)

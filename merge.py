@@ -803,12 +803,25 @@ def check_room(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) ->
     refuse({much: args.check_logits and need > memory})
 
 
+def make_plan(args: argparse.Namespace) -> tuple[Plan, list[Adapter]]:
+    """What becomes of the base, and the adapters; sets args.base_model where no flag has."""
+    adapters = [read_adapter(Path(folder), weight) for folder, weight in args.adapter]
+    args.base_model = args.base_model or adapters[0].config.get("base_model_name_or_path") or ""
+    plan = read_base(args.base_model)
+    check_output(args.out, args.overwrite, plan.base, *(adapter.folder for adapter in adapters))
+    for adapter in adapters:
+        add_adapter(adapter, plan)
+    check_room(args, plan, adapters)
+    return plan, adapters
+
+
 def describe_merge(args: argparse.Namespace, plan: Plan, adapters: list) -> dict[str, Any]:
     """What the card and run.json say of the models, once checked; prints warnings."""
     for adapter in adapters:
         check_numbers(adapter)
     warnings = check_origin(args, plan, adapters)
     about: dict[str, Any] = {"settings": vars(args), "base_model": args.base_model}
+    about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
     about |= {"adapters": [training_of(a, warnings) for a in adapters], "warnings": warnings}
     before = read_json(p, {"lineage": list}) if (p := plan.base / "run.json").exists() else {}
     steps = [known for known in before.get("lineage") or [] if isinstance(known, dict)]
@@ -823,13 +836,7 @@ def main(argv: list[str] | None = None) -> None:
     """Adapters + base -> checks -> shards, proved one by one -> folder."""
     started = time.monotonic()
     args = parse_args(argv)
-    adapters = [read_adapter(Path(folder), weight) for folder, weight in args.adapter]
-    args.base_model = args.base_model or adapters[0].config.get("base_model_name_or_path") or ""
-    plan = read_base(args.base_model)
-    check_output(args.out, args.overwrite, plan.base, *(adapter.folder for adapter in adapters))
-    for adapter in adapters:
-        add_adapter(adapter, plan)
-    check_room(args, plan, adapters)
+    plan, adapters = make_plan(args)
     inputs = [plan.base / name for name in ("config.json", *plan.shards)]
     stored = ("adapter_config.json", "adapter_model.safetensors")
     inputs += [adapter.folder / name for adapter in adapters for name in stored]
@@ -840,7 +847,6 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(1)  # several would wait for each other at the end of each block
         about = describe_merge(args, plan, adapters)
         with folder_aside(args.out, args.overwrite) as aside:
-            about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
             about["proof"], written = write_shards(plan, aside, args.seed, beside)
             hashes |= written
             about |= norm_table(plan) if plan.norms else {}

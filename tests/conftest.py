@@ -2,8 +2,11 @@
 
 import importlib.util
 import os
+import pty
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,20 @@ def run_script(name: str, *args: object, cwd: Path = ROOT) -> subprocess.Complet
         timeout=600,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
+
+
+def run_on_terminal(name: str, *args: object) -> tuple[int, str]:
+    """(exit code, all that was drawn) of a script on a terminal of 90 columns."""
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 90))  # without columns tqdm would draw nothing
+    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, args)]
+    process = subprocess.Popen(command, stdout=writer, stderr=writer)
+    os.close(writer)
+    shown = b""
+    with suppress(OSError):  # the end of a terminal
+        while part := os.read(reader, 4096):
+            shown += part
+    return process.wait(), shown.decode()
 
 
 def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:

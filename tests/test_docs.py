@@ -20,12 +20,13 @@ STEPS = ["build_dataset", "check_contamination", "finetune", "merge", "evaluate"
 LONGEST = {  # lines now, above the aim of 600 (tui: 1,000); what others import counts apart
     "check_contamination": 607,
     "finetune": 1005,
-    "merge": 873,
+    "merge": 879,
     "evaluate": 1297,
     "tui": 1479,
 }
 LONGEST_SHARED = 442  # lines of "# --- shared" sections: files, flags, run.json, embeddings
 LONGEST_FUNCTION = 40  # lines of code below its docstring
+LONGEST_MAIN = 30  # lines in all: it reads as the recipe
 INNER = (
     "convert",
     "describe",
@@ -214,6 +215,7 @@ def test_style(name: str) -> None:
         if isinstance(node, ast.FunctionDef) and node.name not in ("make_app", "prefix_lm"):
             code = node.body[ast.get_docstring(node) is not None :] or node.body
             assert node.end_lineno - code[0].lineno < LONGEST_FUNCTION, node.name
+            assert node.name != "main" or node.end_lineno - node.lineno < LONGEST_MAIN
             arguments = node.args.args + node.args.kwonlyargs
             assert node.returns or node.name == "__init__", node.name
             assert all(a.annotation or a.arg == "self" for a in arguments), node.name

@@ -11,13 +11,21 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, WORLD, assert_refused, load_evaluate, run_script
+from conftest import (
+    DEMO,
+    REAL_DATA,
+    ROOT,
+    WORLD,
+    assert_refused,
+    load_evaluate,
+    run_on_terminal,
+    run_script,
+)
 
 evaluate = load_evaluate()
 BASE = ROOT / "demo/base_model"
@@ -630,22 +638,10 @@ def test_progress_tells_rate_and_time_left(monkeypatch, capsys) -> None:
 
 def test_a_terminal_gets_our_bars_alone(tmp_path) -> None:
     """The harness would draw one without a name for each subject, datasets one for each map."""
-    import pty
-    import termios
-
-    reader, writer = pty.openpty()
-    termios.tcsetwinsize(writer, (24, 90))  # tqdm draws nothing on a terminal without columns
-    flags = ["--tasks", "mmlu,hellaswag", "--local", ROOT / "demo/data", "--out", tmp_path / "out"]
-    command = [sys.executable, ROOT / "evaluate.py", "--model", BASE, *flags]
-    process = subprocess.Popen(list(map(str, command)), stdout=writer, stderr=writer)
-    os.close(writer)
-    shown = b""
-    with suppress(OSError):  # the end of a terminal
-        while part := os.read(reader, 4096):
-            shown += part
-    assert process.wait() == 0
-    bars = [line for line in re.split(r"[\r\n]+", shown.decode()) if "%|" in line]
-    assert "questions/s" in shown.decode()
+    flags = ["--tasks", "mmlu,hellaswag", *DEMO, "--out", tmp_path / "out"]
+    code, shown = run_on_terminal("evaluate", "--model", BASE, *flags)
+    assert code == 0 and "questions/s" in shown
+    bars = [line for line in re.split(r"[\r\n]+", shown) if "%|" in line]
     assert all("Loading weights" in line for line in bars), bars
 
 

@@ -20,12 +20,11 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, run_script
+from conftest import ROOT, assert_refused, run_on_terminal, run_script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -442,7 +441,7 @@ def test_dropout_on_a_cpu_is_torchs(p: float) -> None:
     torch.manual_seed(0)
     module, n = torch.nn.Dropout(p), 1_000_000
     x = torch.rand(1, 1000, n // 1000).add(1).requires_grad_()
-    y = finetune.cpu_dropout(module, x)
+    y = finetune.dropout(module, x)
     y.backward(torch.ones_like(y))
     kept = (y != 0).flatten()
     assert torch.equal(y, torch.where(y != 0, x / (1 - p), 0))
@@ -454,19 +453,19 @@ def test_dropout_on_a_cpu_is_torchs(p: float) -> None:
         assert abs(both - p * p) < 4 * math.sqrt(p * p * (1 - p * p) * 3 / n), lag
     parts = (~kept).view(10, -1).float().mean(1)  # as many at the beginning as at the end
     assert (parts - p).abs().max() < 5 * deviation * math.sqrt(10)
-    again = finetune.cpu_dropout(module, x)
+    again = finetune.dropout(module, x)
     assert not torch.equal(y, again)
     torch.manual_seed(0)
     torch.rand(1, 1000, n // 1000)
-    assert torch.equal(y, finetune.cpu_dropout(module, x))
-    assert torch.equal(x, finetune.cpu_dropout(module.eval(), x))
+    assert torch.equal(y, finetune.dropout(module, x))
+    assert torch.equal(x, finetune.dropout(module.eval(), x))
 
 
-def test_a_cpus_adapter_has_that_dropout(batch) -> None:
+def test_an_adapter_has_that_dropout(batch) -> None:
     model = tuned_model(settings(targets="all", lora_dropout=0.5), torch.float32)
     module = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout))
     x, seen = torch.ones(4, 100), []
-    for make in (module, lambda x: finetune.cpu_dropout(module, x)):
+    for make in (module, lambda x: finetune.dropout(module, x)):
         torch.manual_seed(3)
         seen.append(make(x))
     assert torch.equal(*seen) and 0.3 < (seen[0] == 0).float().mean() < 0.7
@@ -1054,18 +1053,8 @@ def test_a_run_writes_adapter_log_and_run(tmp_path) -> None:
 
 
 def test_a_terminal_gets_a_bar(common, tmp_path) -> None:
-    import pty
-
-    reader, writer = pty.openpty()
-    command = [sys.executable, str(ROOT / "finetune.py"), *map(str, common)]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "a")], stderr=writer)
-    os.close(writer)
-    shown = b""
-    with suppress(OSError):  # the end of a terminal
-        while part := os.read(reader, 4096):
-            shown += part
-    assert process.wait() == 0
-    assert "━".encode() in shown and b"step 8/8" in shown
+    code, shown = run_on_terminal("finetune", *common, "--out", tmp_path / "a")
+    assert code == 0 and "━" in shown and "step 8/8" in shown
 
 
 def test_rows_that_were_cut_are_counted(common, tmp_path) -> None:
