@@ -58,6 +58,7 @@ BLOCK, BLOCK_COLUMNS = 1024, 8192  # one block of cosines: 1,024 x 8,192 x 4 byt
 UNFINISHED = ".unfinished"  # in an output folder from its first write until run.json stands there
 STANDING: dict[Path, dict[Path, tuple[int, ...]]] = {}  # by output_folder(): what was there
 INPUTS: dict[str, tuple[int, ...]] = {}  # by describe_inputs(): a file's state before its hash
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 PACKAGES = ("torch", "transformers", "peft", "datasets", "sentence-transformers", "lm_eval")
 
 
@@ -74,11 +75,13 @@ def run_main(main: Callable[[], None]) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     for counted in {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}.items():
         os.environ.setdefault(*counted)  # no library reports what is used
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about optional CPU kernels
+    for name in ("bitsandbytes", "huggingface_hub"):  # about optional kernels, and every retry
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(print("interrupted: no output was finished", file=sys.stderr) or 130)
+        what = "interrupted: no output was finished; the same command goes on or begins again"
+        sys.exit(print(what, file=sys.stderr) or 130)
     except ModuleNotFoundError as error:
         mend = "run source .venv/bin/activate (bash demo.sh makes it) and the command again"
         sys.exit(print(f"error: no package {error.name} here: {mend}", file=sys.stderr) or 2)
@@ -107,9 +110,9 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """A whole number above 0, as a flag's type."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def make_parser(doc: str, out: str) -> Parser:
@@ -144,11 +147,40 @@ def first_line(error: Exception) -> str:
 
 
 def hub_fault(name: str, error: Exception) -> str:
-    """What to say when a folder or hub id cannot be loaded."""
-    if Path(name).exists() or name.startswith((".", "/", "~")):
+    """What to say when a folder, an address or a hub id cannot be loaded."""
+    if Path(name).exists() or name.startswith((".", "/", "~", "http")):
         return f"{name} cannot be loaded: {first_line(error)}"
     mend = "if it is gated, accept its licence on its page and set HF_TOKEN"
     return f"{name} cannot be loaded ({first_line(error)}); {mend}"
+
+
+def model_folder(flag: str, name: str) -> Path:
+    """The folder of a model, fetched from the hub where `name` is no folder but an id."""
+    folder = Path(name)
+    if name and folder.is_dir():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or folder.parent.exists():
+        raise UserError(f"{flag} {name or repr(name)}: no such folder, and no hub id (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+
+    try:  # the subfolders hold the same weights in other formats
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES, ignore_patterns="*/*"))
+    except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
+        gate = f"if it is gated, accept its licence on https://huggingface.co/{name}, set HF_TOKEN"
+        fault = f"no such folder, and not to be had from the hub ({first_line(error)}); {gate}"
+        raise UserError(f"{flag} {name}: {fault}") from None
+
+
+def check_device(name: str) -> str:
+    """Return a device's name if torch can use it here."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, GPU, build
+        fault = f"cannot be used here ({first_line(error):.100}): name another, or none"
+        raise UserError(f"--device {name} {fault}") from None
+    return name
 
 
 def command_line() -> str:
@@ -397,7 +429,7 @@ class Embedder:
         self.folder = embedding_model_folder(name)
         self.sha256 = sha256_of(self.folder / "model.safetensors")
         self.about = {"name": name, "sha256": self.sha256}  # for run.json
-        self.device, self.cache_folder = device, cache
+        self.device, self.cache_folder = device and check_device(device), cache
         cache.mkdir(parents=True, exist_ok=True)
         self.cache = sqlite3.connect(file := cache / "embeddings.sqlite", timeout=60)
         table = "vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID"
@@ -641,12 +673,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names, files = {item.partition("=")[0] for item in args.extra}, len(args.extra)
     args.extra = dict(item.partition("=")[::2] for item in args.extra)
     x = args.cosine_threshold
-    unknown = [name for name in args.sources if "hub" not in sources.get(name, {})]
-    missing = [file for file in args.extra.values() if not Path(file).is_file()]
+    known = [name for name, about in sources.items() if "hub" in about]
+    unknown = [repr(name) for name in args.sources if name not in known]
+    missing = [f"{n}={file}" for n, file in args.extra.items() if not Path(file).is_file()]
     refuse(
         {
-            f"--sources: {', '.join(unknown)} is not in sources.toml": unknown,
-            f"--extra: no such file: {', '.join(missing)}": missing,
+            f"--sources: {', '.join(unknown)} is none of {', '.join(known)}": unknown,
+            f"--extra: no such file in NAME=FILE: {', '.join(missing)}": missing,
             f"--extra: a source is called {', '.join(args.extra)}": sources.keys() & args.extra,
             "--extra: give each file a name of its own, NAME=FILE": len(names - {""}) < files,
             f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
@@ -699,7 +732,8 @@ def hub_rows(
             splits = load_dataset(name=config, revision=None, **load)
         except Exception as error:  # no network, no such id, gated: each needs the same hints
             mend = f"put its files in DIR/{name}/ and give --local DIR"
-            raise UserError(f"source {name}: {hub_fault(load['path'], error)}, or {mend}") from None
+            place = str(load.get("data_files", load["path"])).strip("[']")
+            raise UserError(f"source {name}: {hub_fault(place, error)}, or {mend}") from None
         for split in splits if test else ["train"]:
             for index, raw in enumerate(splits[split]):
                 yield f"{config or load['path']}/{split}:{index}", raw, ""
@@ -937,7 +971,9 @@ def main(argv: list[str] | None = None) -> None:
         finish_run(args, inputs, started, counts=counts, embedding=embedder.about)
     print_table(table)
     print(f"wrote {args.out}/dataset.jsonl: {len(rows):,} of {read:,} rows. Next:")
-    print(f"python check_contamination.py --dataset {args.out}/dataset.jsonl")
+    flags = ["--dataset", args.out / "dataset.jsonl", "--out", args.out.with_name("contamination")]
+    flags += ["--local", args.local] if args.local else []
+    print(f"python check_contamination.py {shlex.join(map(str, flags))}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -823,7 +824,8 @@ def apply(args: argparse.Namespace, started: float) -> None:
         shown = one_line(", ".join(found[:3])) + ", ..." * (len(found) > 3)
         print(f"{len(found):,} {name} ({shown}; all in apply.json)" if found else f"0 {name}")
     print(f"wrote {out}: {len(clean):,} of {len(rows):,} rows. Next:")
-    print(f"python finetune.py --data {out}")
+    flags = ["--data", str(out), "--out", str(args.out.with_name("adapter"))]
+    print(f"python finetune.py {shlex.join(flags)} (and --base-model, if not Llama-2-13B)")
 
 
 def leak_tables(

@@ -41,13 +41,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from build_dataset import (
     Row,
     UserError,
+    check_device,
     check_output,
     check_unchanged,
     describe_inputs,
     finish_run,
     first_line,
-    hub_fault,
     make_parser,
+    model_folder,
     output_folder,
     positive,
     read_object,
@@ -350,11 +351,7 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
     folder, adapter = Path(name), flag == "--adapter"
     wanted = "adapter_config.json" if adapter else "config.json"
     if not folder.exists() and not adapter:
-        try:
-            AutoTokenizer.from_pretrained(name)
-            return {name: str(AutoConfig.from_pretrained(name)._commit_hash)}
-        except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
-            raise UserError(f"{flag} {hub_fault(name, error)}") from None
+        return {name: model_folder(flag, name).name}  # a snapshot's folder is named by its commit
     check_input(folder, "name the folder that finetune.py wrote")
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / wanted).is_file() or not weights:
@@ -386,11 +383,7 @@ def pick_device(args: argparse.Namespace) -> str:
 
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cuda:{args.local_rank}" if name == "cuda" else name
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from None
-    return name
+    return check_device(name)
 
 
 def load_model(model: str, files: dict[str, str], args: argparse.Namespace) -> "HFLM":
@@ -935,16 +928,13 @@ def earlier_runs(folders: list[Path]) -> dict[str, Row]:
 
 
 def add_run(runs: dict[str, Row], model: str, run: Row) -> None:
-    """Add a model's run under its name; where that is taken, with its adapter or a number.
+    """Add a model's run under its and its adapter's name; where that is taken, with a number.
 
     A run that is there already, such as a base that two folders have scored, is added once.
     """
     adapter = run["about"]["adapter"]
-    names = [
-        model,
-        *[f"{model} + {adapter}"] * bool(adapter),
-        *(f"{model} #{n}" for n in range(2, 99)),
-    ]
+    own = f"{model} + {adapter}" if adapter else model
+    names = [own, *(f"{own} #{n}" for n in range(2, 99))]
     name = next(
         n
         for n in names

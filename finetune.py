@@ -44,13 +44,16 @@ from build_dataset import (
     UNFINISHED,
     Row,
     UserError,
+    check_device,
     check_output,
     check_unchanged,
+    command_line,
     describe_inputs,
     file_state,
     finish_run,
     first_line,
     make_parser,
+    model_folder,
     output_folder,
     positive,
     refuse,
@@ -103,7 +106,7 @@ TARGETS = {
     "all": "all-linear",  # PEFT's name for every linear layer but the head
 }
 FEW = 0.001  # under 0.1 % trainable the MLP targets did not do better (paper, section 3.1)
-MEND = "write it with: python check_contamination.py apply"
+MEND = "write it with: python check_contamination.py"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 LOG = "train_log.jsonl"
@@ -257,7 +260,7 @@ def load_rows(args: argparse.Namespace) -> list[Row]:
     log, applied = (args.data.with_name(name) for name in ("decisions.jsonl", "apply.json"))
     with suppress(OSError, ValueError, LookupError, TypeError):  # absent, or edited by hand
         if sha256_of(log) != json.loads(applied.read_bytes())["decisions_sha256"]:
-            say(f"warning: {log} has newer verdicts than {args.data}; {MEND}")
+            say(f"warning: {log} has newer verdicts than {args.data}; {MEND} apply")
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("input") or "", str) or not row["output"].strip():
             raise UserError(f"{args.data}, row {number}: its output is empty or its input no text")
@@ -413,35 +416,12 @@ def find_device(args: argparse.Namespace) -> "torch.device":
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and "RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:  # no such name, no such GPU, a build without it
-        raise UserError(f"--device {name}: {first_line(error)}") from None
-    device = torch.device(name)
+    device = torch.device(check_device(name))
     if device.index is not None:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
-
-
-def base_folder(name: str) -> Path:
-    """The base model's folder, fetched from the hub where `name` is no folder."""
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"--base-model {name} is no model folder: it has no config.json")
-        return check_input(Path(name), "")
-    if name.count("/") != 1 or name[0] in "./~":
-        raise UserError(f"--base-model {name}: no such folder (a hub id would be OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-
-    kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:  # the subfolders hold the same weights in other formats
-        return Path(snapshot_download(name, allow_patterns=kinds, ignore_patterns="*/*"))
-    except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
-        gate = f"if it is gated, accept its licence on https://huggingface.co/{name}, set HF_TOKEN"
-        fault = f"no such folder, and not to be had from the hub ({first_line(error)}); {gate}"
-        raise UserError(f"--base-model {name}: {fault}") from None
 
 
 def load_model(
@@ -615,7 +595,9 @@ def prepare(args: argparse.Namespace, stop: Stop, data_sha256: str) -> tuple[Run
     """Load rows and model, print settings with their origins; the run, and counts for run.json."""
     import torch
 
-    rows, device, folder = load_rows(args), find_device(args), base_folder(args.base_model)
+    rows, device = load_rows(args), find_device(args)
+    folder = model_folder("--base-model", args.base_model)
+    check_input(folder / "config.json", f"--base-model {args.base_model} is no model's folder")
     torch.manual_seed(args.seed)
     files = {path: file_state(path) for path in folder.glob("*.safetensors")}
     model, tokenizer = load_model(args, folder, device)
@@ -905,7 +887,8 @@ def leave(run: Run, step: int) -> NoReturn:
     """End the process as the signal asked, its checkpoint on disk."""
     signum = signal.Signals(run.stop.signum or signal.SIGTERM)
     run.log(step, "stop", why=signum.name)
-    say(f"stopped by {signum.name} after step {step}; go on with --resume")
+    again = command_line() + " --resume" * (not run.args.resume)
+    say(f"stopped by {signum.name} after step {step}; go on with --resume: {again}")
     sys.exit(128 + signum)
 
 
@@ -960,7 +943,9 @@ def is_finished(args: argparse.Namespace) -> bool:
         return True
     if unfinished and checkpoints(args.out) and not (args.resume or args.overwrite):
         fault = f"{args.out} holds {checkpoints(args.out)[0].name} of a run"
-        raise UserError(f"{fault}: go on with --resume, or begin again with --overwrite")
+        began = (args.out / UNFINISHED).read_text().strip()
+        mend = f"go on with --resume, or begin again with --overwrite (it was: {began})"
+        raise UserError(f"{fault}: {mend}")
     check_output(args.out, args.overwrite, args.data, Path(args.base_model))
     return False
 

@@ -229,7 +229,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def read_adapter(folder: Path, weight: float) -> Adapter:
     """The adapter's configuration and tensors; refuses by name what a merge would get wrong."""
-    mend = "name the folder that finetune.py wrote"
+    mend = "write it with: python finetune.py, or name another --adapter"
     path = check_input(check_input(folder, mend) / "adapter_config.json", mend)
     config = read_json(path, FIELDS)
     kind, init = config.get("peft_type"), config.get("init_lora_weights")
@@ -265,16 +265,7 @@ def check_numbers(adapter: Adapter) -> None:
 
 def read_base(name: str) -> Plan:
     """A plan that changes nothing yet, of a folder or hub id; every shard must be there, whole."""
-    base = Path(name)
-    if not base.is_dir():
-        local = not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or base.parent.exists()
-        refuse({f"base model {name!r} is no folder and no hub id; see --base-model": local})
-        from huggingface_hub import snapshot_download
-
-        try:
-            base = Path(snapshot_download(name, ignore_patterns=[f"*{kind}" for kind in PICKLES]))
-        except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
-            raise UserError(f"base model {shared.hub_fault(name, error)}") from None
+    base = shared.model_folder("--base-model", name)
     path = check_input(base / "config.json", "name a model's folder with --base-model")
     config = read_json(path, {"model_type": str, "tie_word_embeddings": bool, "vocab_size": int})
     refuse({f"{path}: quantised; merge into the original": config.get("quantization_config")})
@@ -710,7 +701,8 @@ def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) 
         check_input(args.partner_check / "pairs.jsonl", "python check_contamination.py writes it")
         pairs = len(open_pairs(args.partner_check))
         what = f"{args.partner_check}: {pairs} pairs are not decided not-a-leak"
-        refuse({f"{what}; see them with python tui.py": pairs and not args.allow_contaminated})
+        see = f"see them with python tui.py {args.partner_check}"
+        refuse({f"{what}; {see}": pairs and not args.allow_contaminated})
         warnings += [f"{what}, and it was merged all the same"] * bool(pairs)
     elif args.foreign_base:
         warnings.append("no --partner-check: the other model may know benchmark questions")
@@ -752,13 +744,19 @@ def write_rest(plan: Plan, about: dict[str, Any], out: Path) -> None:
     lines = ["# A merged model", f"Licence of the base: {', '.join(licence)}. It and those of the "
              "training data apply to this model. `run.json` holds all hashes."]  # fmt: skip
     steps = ((step.get("base_model"), step.get("adapters")) for step in about["lineage"])
-    lines += [f"- base `{base}`, adapters {adapters}" for base, adapters in steps]
+    lines += [f"- base `{base}`, adapters {counted(adapters)}" for base, adapters in steps]
     for adapter in about["adapters"]:
         lines.append(f"- `{adapter['folder']}`, sha256 {adapter['sha256']}, rows flagged as leaks: "
                      f"{adapter.get('flagged_rows', 'unknown')}, data {json.dumps(adapter['data'])}"
-                     f", licences of rows {dict(adapter.get('licences', {}))}")  # fmt: skip
+                     f", licences of rows: {counted(adapter.get('licences'))}")  # fmt: skip
     lines += [f"- **warning**: {warning}" for warning in about["warnings"]]
     shared.write_file(out / "README.md", "\n\n".join(lines) + "\n")
+
+
+def counted(found: Any) -> str:
+    """A dict of name -> number as text: {"MIT": 54} is "MIT (54)"."""
+    items = found.items() if isinstance(found, dict) else ()
+    return ", ".join(f"{name} ({number})" for name, number in items) or "unknown"
 
 
 @contextmanager

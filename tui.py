@@ -422,6 +422,7 @@ def pair_parts(pair: Row, line: Row, plain: bool) -> list[Parts]:
     _, tone, _ = LOOKS[line.get("verdict")]
     head = [(line.get("verdict") or "undecided", f"bold {tone}")]
     by = [("by", "reviewer"), ("at", "time"), ("note:", "note")]
+    by = by if line.get("verdict") else by[2:]  # who took a verdict back is in the log
     head += [(f" {word} {one_line(line[key])}", "") for word, key in by if line.get(key)]
     head += [("\nsuggested ", DIM), (one_line(pair["suggested"]) or "nothing", "bold")]
     head += [(f": {one_line(pair['why'])}", ""), ("\ncosine ", DIM)]
@@ -781,18 +782,17 @@ def step_state(path: Path, hashed: bool = True) -> StepState:
     if not hashed:
         return StepState(script, path, "finished", counts, "hashing its files", command)
     faults, log, applied = hash_again(path), path / "decisions.jsonl", path / "apply.json"
-    reasons = {
-        "edited": f"edited: {some(faults['edited'])}",
-        "stale": f"changed since: {some(faults['changed'])}",
-    }
-    status = "edited" if faults["edited"] else "stale" if faults["changed"] else "finished"
-    why = reasons.get(status, f"{len(faults['whole']):,} files as recorded, by hash")
+    reasons = {"lost": "its own, gone", "edited": "edited", "changed": "changed since"}
+    kind = next((kind for kind in reasons if faults[kind]), "whole")
+    status = {"whole": "finished", "changed": "stale"}.get(kind, "edited")
+    why = f"{len(faults['whole']):,} files as recorded, by hash"
+    why = f"{reasons[kind]}: {some(faults[kind])}" if kind in reasons else why
     verdicts = sha256_of(log) if log.exists() else None
     known = read_object(applied).get("decisions_sha256", verdicts)
     if status == "finished" and verdicts != known:
         status, why = "stale", "verdicts newer than clean.jsonl"
         command = f"python {script}.py apply --out {shlex.quote(str(path))}"
-    why += f"; gone: {some(faults['gone'])}" if faults["gone"] else ""
+    why += f"; an input is gone: {some(faults['gone'])}" if faults["gone"] else ""
     whole = status == "finished" and not faults["gone"]
     return StepState(script, path, status, counts, why, command, whole)
 
@@ -815,18 +815,19 @@ def files_of(record: Path, kind: str) -> Iterator[tuple[str, Any]]:
 
 
 def hash_again(folder: Path) -> dict[str, list[str]]:
-    """The files that a step read and wrote: "whole", "gone", "changed" inputs, "edited" outputs."""
-    found: dict[str, list[str]] = {kind: [] for kind in ("whole", "gone", "changed", "edited")}
+    """What a step read and wrote: "whole", inputs "gone" or "changed", outputs "lost", "edited"."""
+    kinds = ("whole", "gone", "changed", "edited", "lost")
+    found: dict[str, list[str]] = {kind: [] for kind in kinds}
     for record in filter(os.path.isfile, (folder / name for name in RUNS)):
         text = record.read_bytes()
         found["whole" if sealed(text) == text else "edited"].append(record.name)
-        for kind, other in {"inputs": "changed", "outputs": "edited"}.items():
+        for kind, other, absent in (("inputs", "changed", "gone"), ("outputs", "edited", "lost")):
             for name, sha256 in files_of(record, kind):
                 where = places(name, folder) if kind == "inputs" else [folder / name]
                 path = next(filter(os.path.isfile, where), None)
                 same = path and sha256 == hash_known(path, file_state(path))
-                found["gone" if path is None else "whole" if same else other].append(name)
-    return found
+                found[absent if path is None else "whole" if same else other].append(name)
+    return {kind: list(dict.fromkeys(names)) for kind, names in found.items()}
 
 
 def pipeline_parts(states: list[StepState]) -> Parts:
@@ -840,10 +841,20 @@ def pipeline_parts(states: list[StepState]) -> Parts:
             (f"{'':13}{one_line(state.folder)}  {state.why}\n", DIM),
         ]
     todo = next((state for state in states if state.status != "finished"), None)
-    command = todo.command if todo else "nothing: all steps are finished"
-    if todo and todo.status == "running":
-        command = f"wait for {todo.script}.py, which is running"
-    return [*parts, ("\nnext  ", DIM), (command, "bold")]
+    if todo and todo.status != "running":
+        return [*parts, ("\nnext  ", DIM), (todo.command, "bold")]
+    left = sum(undecided(state.folder) for state in states)
+    text = f"; {left:,} pairs are undecided: review them, then apply" if left else ""
+    text = f"nothing: all steps are finished{text}"
+    text = f"wait for {todo.script}.py, which is running" if todo else text
+    return [*parts, ("\nnext  ", DIM), (text, "")]
+
+
+def undecided(folder: Path) -> int:
+    """The pairs of a folder of step 2 that had no verdict when its clean set was written."""
+    counts = read_object(folder / "apply.json").get("counts")
+    count = counts.get("undecided_pairs") if isinstance(counts, dict) else 0
+    return count if type(count) is int else 0
 
 
 def summary(folder: Path) -> str:
@@ -868,8 +879,9 @@ def summary(folder: Path) -> str:
 
 # --- the app --------------------------------------------------------------------------------------
 
-MOVES = {"down,j": 1, "up,k": -1, "pagedown,ctrl+d": 10, "pageup,ctrl+u": -10}
-MOVES |= {"home": -(10**9), "end,G": 10**9}
+MOVES = {"down,j": (1, "Down"), "up,k": (-1, "Up")}
+MOVES |= {"pagedown,ctrl+d": (10, "10 down"), "pageup,ctrl+u": (-10, "10 up")}
+MOVES |= {"home": (-(10**9), "First"), "end,G": (10**9, "Last")}
 CSS = """
 #top { height: 1; background: $panel; }
 #top Tabs { width: 46; height: 1; & Underline { display: none; } }
@@ -882,15 +894,18 @@ Lines { height: 1fr; scrollbar-size: 1 1; overflow-x: hidden; text-wrap: nowrap;
 #list { width: 36%; max-width: 60; border-right: solid $primary; }
 #filter { height: 1; border: none; padding: 0 1; display: none; }
 #sides VerticalScroll { height: 1fr; width: 1fr; padding: 0 1; border-top: solid $primary; }
-#charts { layout: grid; grid-size: 2; height: 3fr; }
+#charts { layout: grid; grid-size: 2; height: 3fr; &.-one { grid-size: 1; } }
 #events { height: 4; padding: 0 1; border-top: solid $primary; }
 .-tall #events { height: 1fr; }
 .table { width: auto; text-wrap: nowrap; }
 VerticalScroll { scrollbar-size: 1 1; overflow-x: auto; }
 .text { padding: 0 1; }
+HelpPanel { width: 65%; max-width: 70; }
+.-narrow HelpPanel { width: 90%; }
 Ask { align: center middle; }
-Ask > Vertical { width: 64; max-width: 95%; height: auto; padding: 1 2; border: round $primary;
-                 background: $surface; }
+Ask > Vertical { width: 64; max-width: 95%; height: auto; max-height: 100%; padding: 1 2;
+                 border: round $primary; background: $surface; }
+Ask OptionList { max-height: 50vh; }
 .-narrow FooterKey:last-of-type { dock: right; margin: 0; padding-left: 1; }
 #small { display: none; width: 100%; height: 100%; content-align: center middle; }
 .-wide #sides { layout: horizontal; }
@@ -931,14 +946,14 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         """
         first = ("filter", "note", "mark", "fields")
         return [
-            Binding(k, a, name or tip, show=bool(name), tooltip=tip, priority=a in first)
+            Binding(k, a, name or tip, bool(name), tooltip=tip * bool(name), priority=a in first)
             for k, a, name, tip in rows
         ]
 
-    class Lines(ScrollView, can_focus=True):
+    class Lines(ScrollView, can_focus=True, inherit_bindings=False):
         """A list that renders only the lines in sight: 10,000 cost what 20 do."""
 
-        BINDINGS = bind(*((k, f"move({by})", "", "Move in the list") for k, by in MOVES.items()))
+        BINDINGS = bind(*((k, f"move({by})", "", tip) for k, (by, tip) in MOVES.items()))
         cursor = reactive(0, init=False)
 
         def __init__(self, line: Callable[[int], Parts], moved: Callable[[], None]) -> None:
@@ -982,9 +997,17 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         AUTO_FOCUS = "Input, OptionList"
         BINDINGS = bind(("escape", "dismiss(None)", "cancel", "Change nothing"))
 
-        def __init__(self, question: str, keys: str = "", text: Any = None, of: Any = ()) -> None:
+        def __init__(
+            self,
+            question: str,
+            keys: str = "",
+            text: Any = None,
+            of: Any = (),
+            confirm: Callable[[str], str] | None = None,
+        ) -> None:
             super().__init__()
             self.question, self.keys, self.text, self.choices = question, keys, text, of
+            self.confirm, self.answer = confirm, ""  # confirm: of a key, what y then says yes to
 
         def compose(self) -> ComposeResult:
             with Vertical():
@@ -995,8 +1018,15 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                     yield OptionList(*map(Content, self.choices))
 
         def on_key(self, event: Any) -> None:
-            if event.key in self.keys:
-                self.dismiss(event.key)
+            if event.key not in self.keys:
+                return
+            event.stop()  # else it goes on to what is below, as a verdict
+            if not self.confirm or self.answer:
+                self.dismiss(self.answer or event.key)
+                return
+            self.answer, self.keys = event.key, "y"  # on this screen: no key falls between two
+            text = f"{self.confirm(self.answer)}\n\ny  yes\n\nescape  cancel"
+            self.query_one(Static).update(Content(text))
 
         def on_input_submitted(self, event: Any) -> None:
             self.dismiss(event.value)
@@ -1043,8 +1073,8 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             ("f", "fields", "", "Filter by a source, benchmark, subject, class or suggestion"),
             ("o", "order", "", "Sort by state, cosine, source, benchmark, class, suggestion"),
             ("m", "mark", "", "Give all undecided pairs of the list one verdict, after asking"),
-            ("J,shift+down", "texts(3)", "", "Scroll the texts down"),
-            ("K,shift+up", "texts(-3)", "", "Scroll the texts up"),
+            ("J,shift+down", "texts(3)", "", "Scroll the texts, or these keys, down"),
+            ("K,shift+up", "texts(-3)", "", "Scroll them up"),
             ("escape", "unfilter", "", "End the filter"),
         )
 
@@ -1066,6 +1096,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.path = find(args.folder, *PAIRS)
             self.verdicts = Verdicts(self.path.with_name("decisions.jsonl"), args.reviewer)
             self.seen, self.bound, self.orders, self.bad = None, None, deque(ORDERS), []
+            self.read: str | None = None  # the pair whose texts are shown
             self.pairs: list[Row] = []
             self.shown: list[Row] = []
             self.list = self.query_one(Lines)
@@ -1128,6 +1159,9 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             parts = pair_parts(self.pair, line, self.app.no_color) if self.pair else parts
             for name, part in zip(("#about", "#train", "#test"), parts, strict=True):
                 self.put(name, part)
+            before, self.read = self.read, self.pair.get("pair_id")
+            for side in self.query(VerticalScroll) if self.read != before else ():
+                side.scroll_home(animate=False)  # a new pair begins at its top
 
         def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
             typing = self.query_one(Input).has_focus
@@ -1189,20 +1223,22 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             ask = f"One verdict for all {len(left):,} undecided pairs of the list:\n\n"
             ask += "\n".join(f"{k}  {verdict}" for k, (verdict, _) in KEYS.items())
 
-            def confirm(key: str | None) -> None:
+            def lines(key: str) -> dict[str, Row]:
                 what = KEYS[key][0] if key in KEYS else None
-                chosen = {pair["pair_id"]: what or pair["suggested"] for pair in left if key}
-                lines = {i: {"verdict": v} for i, v in chosen.items() if v in VERDICTS}
+                free = (pair for pair in left if not self.verdicts.of(pair))  # by another reviewer
+                chosen = {pair["pair_id"]: what or pair["suggested"] for pair in free}
+                return {i: {"verdict": v} for i, v in chosen.items() if v in VERDICTS}
 
-                async def save(sure: str | None) -> None:
-                    if sure:
-                        await self.save(lines)
+            def confirm(key: str) -> str:
+                what = KEYS[key][0] if key in KEYS else "as suggested"
+                return f"Write {len(lines(key)):,} verdicts, {what}?"
 
-                text = f"Write {len(lines):,} verdicts, {what or 'as suggested'}?\n\ny  yes"
+            async def save(key: str | None) -> None:
                 if key:
-                    self.app.push_screen(Ask(text, "y"), save)
+                    await self.save(lines(key))
 
-            self.app.push_screen(Ask(f"{ask}\na  as suggested, where it is", "dgsna"), confirm)
+            ask += "\na  as suggested, where it is"
+            self.app.push_screen(Ask(ask, "dgsna", confirm=confirm), save)
 
         def action_filter(self) -> None:
             self.query_one(Input).display = True
@@ -1226,8 +1262,10 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
             def add(at: int | None) -> None:
                 if at is not None:
+                    term = f"{found[at][0]}:{shlex.quote(found[at][1])} "
+                    typed = self.query_one(Input).value.rstrip()
                     self.query_one(Input).display = True
-                    self.query_one(Input).value += f"{found[at][0]}:{shlex.quote(found[at][1])} "
+                    self.query_one(Input).value = f"{typed} {term}".lstrip()
 
             choices = [f"{f}: {v}  ({counts[f, v]:,})" for f, v in found]
             self.app.push_screen(Ask("List only the pairs with", of=choices), add)
@@ -1237,7 +1275,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.relist(self.pair.get("pair_id"))
 
         def action_texts(self, by: int) -> None:
-            for side in self.query(VerticalScroll):
+            for side in self.screen.query("KeyPanel") or self.query(VerticalScroll):
                 side.scroll_relative(y=by, animate=False)
 
     class Watch(Pane):
@@ -1300,6 +1338,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         def draw_charts(self) -> None:
             small = self.app.size.width < 72 or self.app.size.height < 20
             one = self.charts[0] or ("loss" if small else None)
+            self.query_one("#charts").set_class(bool(one), "-one")
             for name, title in CURVES.items():
                 plot = self.query_one(f"#{name}", PlotextPlot)
                 plot.display = name == one or not one
@@ -1386,8 +1425,11 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             self.look()
 
         def action_copy(self) -> None:
-            self.app.copy_to_clipboard(self.parts[-1][0])
-            self.app.notify("Copied, where the terminal allows it")
+            command, style = self.parts[-1]
+            if style:
+                self.app.copy_to_clipboard(command)
+            said = "Copied, where the terminal allows it" if style else "There is nothing to run"
+            self.app.notify(said)
 
     panes = {"review": Review, "watch": Watch, "results": Results, "pipeline": Pipeline}
 
@@ -1402,7 +1444,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         BINDINGS = bind(
             *((str(n), f"tab('{name}')", "", f"Show {name}") for n, name in enumerate(panes, 1)),
             ("question_mark", "help", "keys", "Show or hide all keys of this tab"),
-            ("q", "quit", "", "Leave; every verdict is on disk already"),
+            ("q,ctrl+c", "quit", "", "Leave; every verdict is on disk already"),
         )
 
         def compose(self) -> ComposeResult:

@@ -18,13 +18,13 @@ from conftest import ROOT, assert_refused, load_evaluate, run_script
 
 STEPS = ["build_dataset", "check_contamination", "finetune", "merge", "evaluate", "tui"]
 LONGEST = {  # lines now, above the aim of 600 (tui: 1,000); what others import counts apart
-    "check_contamination": 607,
-    "finetune": 1005,
-    "merge": 879,
-    "evaluate": 1297,
-    "tui": 1479,
+    "check_contamination": 609,
+    "finetune": 983,
+    "merge": 878,
+    "evaluate": 1286,
+    "tui": 1521,
 }
-LONGEST_SHARED = 444  # lines of "# --- shared" sections: files, flags, run.json, embeddings
+LONGEST_SHARED = 476  # lines of "# --- shared" sections: files, flags, run.json, embeddings
 LONGEST_FUNCTION = 40  # lines of code below its docstring
 LONGEST_MAIN = 30  # lines in all: it reads as the recipe
 INNER = (

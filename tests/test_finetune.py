@@ -1141,7 +1141,7 @@ def test_bad_base_models_are_refused(tmp_path) -> None:
     refused("owner/name", "https://huggingface.co/owner/name", "HF_TOKEN", "licence")
     assert "HF_TOKEN" not in refused(tmp_path / "none", "no such folder")
     (tmp_path / "empty").mkdir()
-    assert "HF_TOKEN" not in refused(tmp_path / "empty", "no config.json")
+    assert "HF_TOKEN" not in refused(tmp_path / "empty", "config.json is missing")
     copy = tmp_path / "copy"
 
     def fresh() -> None:

@@ -709,9 +709,9 @@ def test_flags_and_places(small, tmp_path) -> None:
         (["--adapter", f"{adapter}:0"], "not a number other than 0"),
         (["--adapter", f"{adapter}:nan"], "not a number other than 0"),
         (["--adapter", tmp_path / "none"], "none is missing"),
-        (["--base-model", tmp_path / "none"], "is no folder and no hub id"),
-        (["--base-model", "./none"], "is no folder and no hub id"),
-        (["--base-model", "demo/none"], "is no folder and no hub id"),
+        (["--base-model", tmp_path / "none"], "no such folder"),
+        (["--base-model", "./none"], "no such folder"),
+        (["--base-model", "demo/none"], "no such folder"),
         (["--out", base / "inside"], "lies inside"),
         (["--out", adapter], "is the folder of an input"),
         (["--out", base / "config.json"], "is a file"),
@@ -723,7 +723,7 @@ def test_flags_and_places(small, tmp_path) -> None:
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir()) and not (base / "inside").exists()
     done = run_script("merge", *usual, "--base-model", "nobody/nothing")
-    assert_refused(done, "nobody/nothing cannot be loaded", "HF_TOKEN")
+    assert_refused(done, "nobody/nothing: no such folder", "HF_TOKEN")
 
 
 def test_a_finished_model_is_kept_until_the_new_one_is_proved(small, tmp_path, monkeypatch) -> None:

@@ -275,8 +275,26 @@ def test_filters_by_keyboard(folder) -> None:
         await pilot.pause()
         value = review.query_one("Input").value
         assert value == "benchmark:mmlu " and {p["benchmark"] for p in review.shown} == {"mmlu"}
+        await pilot.press("escape", "slash", *"cosine>0.9997", "enter", "f")
+        await pilot.pause()
+        await pilot.press("down", "enter")
+        await pilot.pause()
+        assert review.query_one("Input").value == "cosine>0.9997 benchmark:mmlu "
 
     drive(folder, script)
+
+
+def test_a_new_pair_begins_at_its_top(folder) -> None:
+    async def script(app, pilot):
+        sides = app.query_one("#review").query("VerticalScroll")
+        await pilot.press("J")
+        await pilot.pause()
+        assert any(side.scroll_y > 0 for side in sides)
+        await pilot.press("d")
+        await pilot.pause()
+        assert all(side.scroll_y == 0 for side in sides)
+
+    drive(folder, script, (80, 16))
 
 
 def test_a_whole_list_is_marked_only_after_the_number_is_confirmed(folder) -> None:
@@ -551,6 +569,11 @@ def test_states_of_the_pipeline(tmp_path) -> None:
     (out / "contamination/apply.json").unlink()
     state = next(s for s in tui.pipeline_states(out) if s.script == "check_contamination")
     assert "gone" in state.why
+    lost = {"pairs.jsonl": {"sha256": "0" * 64}}
+    finish(out / "contamination", "check_contamination", outputs=lost)
+    state = next(s for s in tui.pipeline_states(out) if s.script == "check_contamination")
+    assert state.status == "edited" and "its own, gone: pairs.jsonl" in state.why
+    assert state.command.endswith("--overwrite") and not state.whole
     (out / "dataset/run.json").write_text("broken")
     state = tui.pipeline_states(out)[0]
     assert state.status == "edited" and "run.json" in state.why
@@ -576,9 +599,13 @@ def test_help_palette_and_tabs(folder) -> None:
             await pilot.pause()
             assert app.query_one("ContentSwitcher").current == name
             assert app.focused in app.query_one(f"#{name}").query("*")
-        await pilot.press("question_mark")
+        await pilot.press("1", "question_mark")
         await pilot.pause()
         assert app.screen.query("HelpPanel")
+        assert any("duplicate" in line for line in screen_of(app)[:-1])
+        await pilot.press(*"JJJJJJ")
+        await pilot.pause()
+        assert any("Go to the next undecided" in line for line in screen_of(app))
         await pilot.press("question_mark")
         await pilot.pause()
         assert not app.screen.query("HelpPanel")
@@ -833,6 +860,20 @@ def test_keys_that_arrive_together_go_where_they_belong(folder) -> None:
         ("pair00002", "similar-but-different"),
     ]
     assert {line["verdict"] for line in decisions(folder)[3:]} <= {None}
+
+
+@pytest.mark.parametrize(("keys", "verdicts"), [("mn", 0), ("mnn", 0), ("mag", 0), ("mgy", 12)])
+def test_keys_that_arrive_together_answer_the_question(folder, keys: str, verdicts: int) -> None:
+    """None of them is a verdict on the pair below it."""
+    terminal = Terminal(folder, "--reviewer", "ann")
+    terminal.wait("Q00000")
+    seen = terminal.press(keys)
+    terminal.wait("12 of 12 decided" if verdicts else "verdicts, ", seen)
+    time.sleep(0.3)
+    terminal.press("\x1b")
+    time.sleep(0.3)
+    assert terminal.close() == 0
+    assert [line["verdict"] for line in decisions(folder)] == ["gray-area"] * verdicts
 
 
 def test_two_instances_see_each_other_within_two_seconds(folder) -> None:
