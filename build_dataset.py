@@ -942,6 +942,13 @@ def print_table(rows: list[Row]) -> None:
     print(tabulate(rows, "keys", "pipe", intfmt=","))
 
 
+def next_command(args: argparse.Namespace) -> str:
+    """How to check the rows, beside them and on the same local files."""
+    flags = ["--dataset", args.out / "dataset.jsonl", "--out", args.out.with_name("contamination")]
+    flags += ["--local", args.local] if args.local else []
+    return f"python check_contamination.py {shlex.join(map(str, flags))}"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Sources -> rows -> exact -> near -> files."""
     started = time.monotonic()
@@ -971,9 +978,7 @@ def main(argv: list[str] | None = None) -> None:
         finish_run(args, inputs, started, counts=counts, embedding=embedder.about)
     print_table(table)
     print(f"wrote {args.out}/dataset.jsonl: {len(rows):,} of {read:,} rows. Next:")
-    flags = ["--dataset", args.out / "dataset.jsonl", "--out", args.out.with_name("contamination")]
-    flags += ["--local", args.local] if args.local else []
-    print(f"python check_contamination.py {shlex.join(map(str, flags))}")
+    print(next_command(args))
 
 
 if __name__ == "__main__":

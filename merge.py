@@ -663,8 +663,7 @@ def training_of(adapter: Adapter, warnings: list[str]) -> dict[str, Any]:
 def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) -> list[str]:
     """Compare the base with the one that each adapter was trained on; returns warnings.
 
-    Prepares the plan for 4-bit training and for a foreign base; refuses one not asked for, and
-    by the paper's rule a partner that was trained on benchmark questions.
+    Prepares the plan for 4-bit training and for a foreign base; refuses one not asked for.
     """
     from finetune import base_fingerprint
 
@@ -697,16 +696,21 @@ def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) 
         plan.norms, plan.dequantised = {}, args.dequantised_base
         linear = {n for n, s in plan.tensors.items() if len(s.shape) == 2 and layer(n) not in ENDS}
         plan.nf4 = linear if quantised else set()
-    if args.partner_check:
-        check_input(args.partner_check / "pairs.jsonl", "python check_contamination.py writes it")
-        pairs = len(open_pairs(args.partner_check))
-        what = f"{args.partner_check}: {pairs} pairs are not decided not-a-leak"
-        see = f"see them with python tui.py {args.partner_check}"
-        refuse({f"{what}; {see}": pairs and not args.allow_contaminated})
-        warnings += [f"{what}, and it was merged all the same"] * bool(pairs)
-    elif args.foreign_base:
-        warnings.append("no --partner-check: the other model may know benchmark questions")
-    return warnings
+    return warnings + check_partner(args)
+
+
+def check_partner(args: argparse.Namespace) -> list[str]:
+    """The paper's rule: no merge with a model that was trained on benchmark questions; warnings."""
+    folder = args.partner_check
+    if not folder:
+        warning = "no --partner-check: the other model may know benchmark questions"
+        return [warning] if args.foreign_base else []
+    check_input(folder / "pairs.jsonl", "python check_contamination.py writes it")
+    pairs = len(open_pairs(folder))
+    what = f"{folder}: {pairs} pairs are not decided not-a-leak"
+    mend = f"{what}; see them with python tui.py {folder}"
+    refuse({mend: pairs and not args.allow_contaminated})
+    return [f"{what}, and it was merged all the same"] * bool(pairs)
 
 
 def norm_table(plan: Plan) -> dict[str, list[str]]:
