@@ -823,9 +823,10 @@ def apply(args: argparse.Namespace, started: float) -> None:
     for name, found in (("undecided pairs", undecided), ("verdicts of former pairs", stale)):
         shown = one_line(", ".join(found[:3])) + ", ..." * (len(found) > 3)
         print(f"{len(found):,} {name} ({shown}; all in apply.json)" if found else f"0 {name}")
-    print(f"wrote {out}: {len(clean):,} of {len(rows):,} rows. Next:")
+    what = f"wrote {out}: {len(clean):,} of {len(rows):,} rows."
+    print(f"{what} Next (with --base-model, if not Llama-2-13B):")
     flags = ["--data", str(out), "--out", str(args.out.with_name("adapter"))]
-    print(f"python finetune.py {shlex.join(flags)} (and --base-model, if not Llama-2-13B)")
+    print(f"python finetune.py {shlex.join(flags)}")
 
 
 def leak_tables(
