@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_ELEMENTS = 1 << 18  # of a tensor in work at a time: 1 MB in float32, a core's L2 cache
-AHEAD = 8  # blocks that may wait to be written and hashed: 4 MB in 16 bit
+AHEAD = 2 << 20  # bytes that may wait to be written and hashed
 ROWS = 64  # blocks start at a multiple of this: BLAS sums in another order where B is unaligned
 SAMPLED = 4  # neighbouring rows computed again in each of three places of a changed tensor
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -522,14 +522,18 @@ class Beside:
 
     def write(self, path: Path, blocks: Iterator[Any]) -> Future:
         """Write a file of these blocks of bytes; its sha256, once it is known. See sync()."""
-        digest, waiting = hashlib.sha256(), deque()
+        digest, waiting, size = hashlib.sha256(), deque(), 0
         with path.open("wb") as file:
             for block in blocks:
+                size += (more := memoryview(block).nbytes)
                 written = self.writer.submit(file.write, block)
-                waiting.append((written, self.hasher.submit(digest.update, block)))
-                while len(waiting) > AHEAD:
-                    wait(waiting.popleft())
-            wait(itertools.chain(*waiting))
+                waiting.append((more, [written, self.hasher.submit(digest.update, block)]))
+                del block  # so that it is not in memory beside the next one
+                while size > AHEAD:
+                    size -= waiting[0][0]
+                    wait(waiting.popleft()[1])
+            for _, jobs in waiting:
+                wait(jobs)
         self.syncs.append(self.files.submit(self._sync, path))
         return self.hasher.submit(digest.hexdigest)
 
