@@ -200,10 +200,12 @@ def import_harness() -> None:
         del sys.modules["evaluate"]
     import datasets
     import lm_eval.api.task
+    import lm_eval.evaluator
     import lm_eval.models.huggingface  # noqa: F401
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # two lines of hints for every subject
     lm_eval.api.task.tqdm = lambda rows, **_: rows  # and a bar for each, which has no name
+    lm_eval.evaluator.add_env_info = lambda _: None  # runs pip and more, a second each time
     datasets.disable_progress_bars()
 
 
