@@ -929,14 +929,17 @@ def earlier_runs(folders: list[Path]) -> dict[str, Row]:
     return runs
 
 
+def run_name(model: str, args: argparse.Namespace) -> str:
+    """A model as results.json knows it: its `--model` text, and the adapter's."""
+    return f"{model} + {args.adapter}" if args.adapter else model
+
+
 def add_run(runs: dict[str, Row], model: str, run: Row) -> None:
-    """Add a model's run under its and its adapter's name; where that is taken, with a number.
+    """Add a model's run under its name; where that is taken, with a number.
 
     A run that is there already, such as a base that two folders have scored, is added once.
     """
-    adapter = run["about"]["adapter"]
-    own = f"{model} + {adapter}" if adapter else model
-    names = [own, *(f"{own} #{n}" for n in range(2, 99))]
+    names = [model, *(f"{model} #{n}" for n in range(2, 99))]
     name = next(
         n
         for n in names
@@ -1090,7 +1093,7 @@ def describe_tasks(runs: dict[str, Row], flagged: set[str] | None) -> dict[str, 
 def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[str] | None) -> str:
     """Write results.json, results.md and change.svg; return the tables.
 
-    results.json, one object (a model is known by its `--model` text, the base first):
+    results.json, one object (a model is known by its run_name(), the base first):
       "models": {model: {"folder": below --out, "adapter", "dtype", "load_in_4bit", "sha256": of
         weights, tokenizer, adapter and settings, "max_length", "path": "prefix" or "stock",
         "files": {path: sha256}}}
@@ -1274,7 +1277,7 @@ def main(argv: list[str] | None = None) -> None:
         warn_unchecked(args.contamination, flagged, tasks)
     with nullcontext() if args.rank else output_folder(args.out, args.overwrite):
         for model in args.model:
-            add_run(runs, model, score_model(model, files[model], tasks, args))
+            add_run(runs, run_name(model, args), score_model(model, files[model], tasks, args))
             inputs |= model_inputs(files[model])
         if args.rank:
             return None

@@ -846,7 +846,7 @@ def test_compare_finished_folders(tmp_path) -> None:
     found = json.loads((tmp_path / "c/results.json").read_text())
     tuned = f"{BASE} + {tmp_path / 'adapter'}"
     assert list(found["models"]) == [str(BASE), tuned]
-    alone = json.loads((tmp_path / "b/results.json").read_text())["all questions"][str(BASE)]
+    alone = json.loads((tmp_path / "b/results.json").read_text())["all questions"][tuned]
     assert found["all questions"][tuned] == alone != found["all questions"][str(BASE)]
     # unmerged equals merged
     merged = model.merge_and_unload()
@@ -856,7 +856,7 @@ def test_compare_finished_folders(tmp_path) -> None:
     merged = ["--model", tmp_path / "merged", *args[2:]]
     run(*merged, "--compare", tmp_path / "b", "--out", tmp_path / "d")
     row = json.loads((tmp_path / "d/results.json").read_text())["comparisons"][0]
-    assert (row["base"], row["model"], row["flips"]) == (str(BASE), str(tmp_path / "merged"), [])
+    assert (row["base"], row["model"], row["flips"]) == (tuned, str(tmp_path / "merged"), [])
     three = ["--compare", tmp_path / "a", tmp_path / "b", tmp_path / "a", "--out"]
     run(*three, tmp_path / "again")  # one base, though it is there twice
     assert json.loads((tmp_path / "again/results.json").read_text())["models"] == found["models"]
