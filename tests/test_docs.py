@@ -21,7 +21,7 @@ LONGEST = {  # lines now, above the aim of 600 (tui: 1,000); what others import 
     "check_contamination": 609,
     "finetune": 983,
     "merge": 886,
-    "evaluate": 1290,
+    "evaluate": 1291,
     "tui": 1521,
 }
 LONGEST_SHARED = 476  # lines of "# --- shared" sections: files, flags, run.json, embeddings
