@@ -96,7 +96,7 @@ GPU_PACKS = (64, 4096)  # smallest and largest on a GPU; beyond, matrix products
 ENCODED_AT_ONCE = 1024  # requests tokenised in one call
 RESAMPLES = 10_000  # of the paired bootstrap: the interval's ends repeat to about 1 % of its width
 ALPHA = 0.05  # of a test that calls a model better or worse
-MODEL_FILES = {".safetensors", ".json", ".model", ".txt", ".jinja"}
+SUFFIXES = {".safetensors", ".json", ".model", ".txt", ".jinja"}  # of files that decide scores
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAME = "not distinguishable"
 NO_METRIC = {"test_id", "target", "log_likelihoods", "responses"}  # keys of a question's line
@@ -156,6 +156,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--task: no such file: {', '.join(missing)}": missing,
             f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
             "no task: name one with --tasks or --task": not args.benchmarks and not args.task,
+            f"--resume: no {args.out}; leave the flag out": args.resume and not args.out.exists(),
         }
     )
     args.model = args.model or ([] if args.compare else merged_and_base())
@@ -172,9 +173,7 @@ def merged_and_base() -> list[str]:
 
 
 def nothing_to_resume(args: argparse.Namespace) -> bool:
-    """Whether --resume finds the folder finished; raises where there is no folder at all."""
-    if args.resume and not args.out.exists():
-        raise UserError(f"--resume: there is no {args.out}; leave the flag out to begin")
+    """Whether --resume finds the folder finished."""
     return args.resume and (args.out / "run.json").exists() and not args.overwrite
 
 
@@ -358,7 +357,7 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / wanted).is_file() or not weights:
         raise UserError(f"{flag} {name} is no {flag[2:]}: it has no {wanted} with .safetensors")
-    read = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES]
+    read = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
     files = describe_inputs([path for path in read if path.name != "run.json"])
     listed = read_object(folder / "run.json").get("outputs", {})
     for path, about in files.items():

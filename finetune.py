@@ -242,6 +242,9 @@ def check_settings(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+# --- rows -> packed examples ----------------------------------------------------------------------
+
+
 def alpaca_prompt(instruction: str, context: str = "") -> str:
     r"""The Alpaca prompt, byte for byte, up to where the answer starts.
 
@@ -322,6 +325,9 @@ def batches(
         for start in range(0, len(order), args.batch_size):
             batch = order[start : start + args.batch_size]
             yield epoch + (start + len(batch)) / len(order), batch
+
+
+# --- one forward pass of a packed row -------------------------------------------------------------
 
 
 @functools.cache
@@ -407,6 +413,9 @@ def isolates(model: "PreTrainedModel", examples: list[Example]) -> bool:
     with torch.no_grad():
         losses = [row_losses(model.eval(), [e, second])[1] for e in (first, other)]
     return torch.allclose(*losses, rtol=1e-6)  # equal shapes: without a leak, equal bits
+
+
+# --- model and adapter ----------------------------------------------------------------------------
 
 
 def find_device(args: argparse.Namespace) -> "torch.device":
@@ -591,6 +600,9 @@ def step_flops(batch: list[Example], sizes: dict[str, int]) -> float:
     return cost * sum(map(len, batch)) + 4 * sizes["head"] * supervised + attention
 
 
+# --- a run, ready ---------------------------------------------------------------------------------
+
+
 def prepare(args: argparse.Namespace, stop: Stop, data_sha256: str) -> tuple[Run, Row]:
     """Load rows and model, print settings with their origins; the run, and counts for run.json."""
     import torch
@@ -662,6 +674,9 @@ def report(
     )
     counts = {"rows": rows, "left_out": rows - len(examples), "cut": cut, "tokens": tokens}
     return counts | {"supervised_tokens": supervised, "longest_row": longest} | sizes
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def adapter_files(run: Run) -> dict[str, bytes]:
@@ -757,6 +772,9 @@ def cut_log(path: Path, step: int) -> None:
             kept += line + b"\n" if json.loads(line)["step"] <= step else b""
     if RANK == 0:
         write_file(path, kept)
+
+
+# --- steps ----------------------------------------------------------------------------------------
 
 
 def run_row(run: Run, row: list[Example], weights: list[float]) -> "torch.Tensor":

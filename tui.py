@@ -862,7 +862,8 @@ def summary(folder: Path) -> str:
     path = find(folder, *PAIRS)
     (pairs, bad), verdicts = load_pairs(path), Verdicts(path.with_name("decisions.jsonl"), "")
     verdicts.poll()
-    parts = [(f"{len(pairs):,} flagged pairs, ", ""), *review_parts(pairs, verdicts, path.parent)]
+    parts = [(f"{len(pairs):,} flagged pairs in {one_line(path.parent)}, ", "")]
+    parts += review_parts(pairs, verdicts, path.parent)
     parts.append(("\n\n", ""))
     parts += [(f"{len(bad):,} unreadable lines: {', '.join(bad[:3])}\n\n", "")] * bool(bad)
     path = find(folder, *LOG)
@@ -913,6 +914,7 @@ Ask OptionList { max-height: 50vh; }
 .-narrow #list { width: 100%; max-width: 100%; height: 40%; border-right: none; }
 .-narrow #charts { grid-size: 1; }
 .-narrow .head { max-height: 2; }
+.-narrow #figures { max-height: 25%; }
 .-narrow #sides VerticalScroll { height: auto; border: none; }
 .-narrow #where { display: none; }
 .-narrow Tab { padding: 0 1 0 0; }

@@ -612,6 +612,7 @@ def test_processes_of_torchrun_find_what_one_finds(tmp_path) -> None:
 def test_resume(tmp_path, capsys) -> None:
     args = ["--model", BASE, *WORLD_TASK, "--limit", "4", "--out", tmp_path / "out"]
     assert "leave the flag out" in refused(*args, "--resume")
+    assert "leave the flag out" in refused("--resume", "--out", tmp_path / "none")
     run(*args)
     assert "--overwrite" in refused(*args)
     run(*args, "--resume")

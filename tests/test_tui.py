@@ -622,13 +622,14 @@ def test_help_palette_and_tabs(folder) -> None:
     drive(folder, script)
 
 
-@pytest.mark.parametrize("size", [(40, 12), (60, 20), (80, 24), (200, 60)])
+@pytest.mark.parametrize("size", [(40, 12), (40, 20), (80, 24), (200, 60)])
 def test_it_works_at_any_size_with_and_without_data(tmp_path, folder, size) -> None:
     async def script(app, pilot):
         for key, text in zip("1234", ("Rotate", "loss, nats", "+4.0%", "finetune"), strict=True):
             await pilot.press(key, "down", "end", "home")
             await pilot.pause()
-            assert text in "\n".join(screen_of(app)), key
+            shown = "\n".join(screen_of(app))
+            assert text in shown and (key != "2" or "smoothed" in shown or size[1] == 12), key
         await pilot.press("1", "home", "d", "question_mark")
         await pilot.resize_terminal(100, 30)
         await pilot.resize_terminal(*size)
