@@ -3,7 +3,7 @@
     python benchmarks/evaluate_speed.py --local raw
     python benchmarks/evaluate_speed.py --local raw --size 7b     # on a GPU; 13b likewise
 
-Needs the benchmarks' real files (README.md, "Make it yours"). Each repeat runs both ways one after
+Needs the benchmarks' real files (README.md, "Layouts"). Each repeat runs both ways one after
 the other on the same task objects, through lm_eval.simple_evaluate from prompts to metrics; shown
 are medians. The harness runs with its cache of one-token answers on (its default and fastest), at
 the best of several batch sizes, which is looked for first. The model is random: speed does not
