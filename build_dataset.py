@@ -18,6 +18,7 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -31,6 +32,7 @@ import tempfile
 import time
 import tomllib
 import unicodedata
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -75,18 +77,43 @@ def run_main(main: Callable[[], None]) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     for counted in {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}.items():
         os.environ.setdefault(*counted)  # no library reports what is used
-    for name in ("bitsandbytes", "huggingface_hub"):  # about optional kernels, and every retry
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor every retry
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor which kernels it lacks
+    warnings.simplefilter("ignore", FutureWarning)  # nor what is for its developers
+    outlive_readers()
     try:
         main()
     except KeyboardInterrupt:
-        what = "interrupted: no output was finished; the same command goes on or begins again"
+        what = "interrupted: the same command goes on with what is unfinished, or begins again"
         sys.exit(print(what, file=sys.stderr) or 130)
     except ModuleNotFoundError as error:
         mend = "run source .venv/bin/activate (bash demo.sh makes it) and the command again"
         sys.exit(print(f"error: no package {error.name} here: {mend}", file=sys.stderr) or 2)
     except (UserError, OSError, sqlite3.Error) as error:  # the latter two: a full disk, no rights
-        sys.exit(print(f"error: {one_line(error)}", file=sys.stderr) or 2)
+        place, fault = getattr(error, "filename", None), getattr(error, "strerror", None)
+        text = f"{place}: {fault}" if place and fault else error
+        sys.exit(print(f"error: {one_line(text)}", file=sys.stderr) or 2)
+
+
+def outlive_readers() -> None:
+    """Go on with the work when nobody reads stdout or stderr any more, as after `| head -1`."""
+
+    class Stream(io.FileIO):
+        """What is written is lost once the reader has gone."""
+
+        def write(self, data: Any) -> int:
+            """Write, or act as if."""
+            try:
+                return super().write(data)
+            except BrokenPipeError:
+                return len(data)
+
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        if old and old is getattr(sys, f"__{name}__"):  # not one that a test put there
+            raw = io.BufferedWriter(Stream(old.fileno(), "w", closefd=False))
+            how = {"encoding": old.encoding, "errors": old.errors}
+            setattr(sys, name, io.TextIOWrapper(raw, **how, line_buffering=old.line_buffering))
 
 
 def one_line(error: Exception | str) -> str:
@@ -131,7 +158,8 @@ def make_parser(doc: str, out: str) -> Parser:
     add("--overwrite", action="store_true", help="replace a finished output folder")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
-    add("--limit", type=positive, metavar="N", help="first N rows of each input: a partial result")
+    few = "first N rows of each source, subject or task: a partial result (not of a merge)"
+    add("--limit", type=positive, metavar="N", help=few)
     return parser
 
 
@@ -270,7 +298,8 @@ def check_output(out: Path, overwrite: bool, *inputs: Path) -> None:
     if UNFINISHED in names or names <= {"decisions.jsonl"}:
         return
     if not names & {"run.json"} or step_of(out) != Path(sys.argv[0]).stem:
-        raise UserError(f"--out {out} holds files of another origin; name another folder")
+        fault = f"--out {out} holds files, but no run.json of this step"
+        raise UserError(f"{fault}: name another folder, or take all but decisions.jsonl out of it")
     if not overwrite:
         raise UserError(f"{out} is finished; add --overwrite, or name another folder with --out")
 

@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -150,12 +151,13 @@ def read_run(path: Path) -> Row:
     raise UserError(f"{path} is not what a finished step wrote: run that step again")
 
 
-def check_listed(path: Path) -> Path:
-    """Return a finished step's output, which must be the very file that its run.json lists."""
-    run = path.parent / "run.json"
+def check_listed(path: Path, record: str = "run.json") -> Path:
+    """Return a finished step's output, which must be the very file that the step recorded."""
+    run = path.with_name(record)
     about = read_run(run)["outputs"].get(path.name, {}) if run.exists() else {}
     if about and about.get("sha256") != sha256_of(path):
-        raise UserError(f"{path} is not the file that {run} lists (cut short, or edited)")
+        fault = f"{path} is not the file that {run} lists (cut short, or edited)"
+        raise UserError(f"{fault}: run its step again, or use a copy in a folder of its own")
     return path
 
 
@@ -338,12 +340,14 @@ def local_inputs(args: argparse.Namespace) -> list[Path]:
 
 
 def read_decisions(path: Path) -> dict[str, Row]:
-    """The last verdict of each pair; a line that a crash cut short is none, null withdraws."""
+    """The last verdict of each pair; null withdraws; what is none, as after a crash, is named."""
     decisions = {}
-    for _, line, _ in read_records(path) if path.exists() else ():
+    for place, line, _ in read_records(path) if path.exists() else ():
         known = isinstance(line, dict) and line.get("verdict", "") in (None, *VERDICTS)
         if known and isinstance(line.get("pair_id"), str):
             decisions[line["pair_id"]] = line
+        else:
+            print(f"warning: {path.parent / place} is no verdict: left out", file=sys.stderr)
     return {pair_id: line for pair_id, line in decisions.items() if line["verdict"]}
 
 
@@ -819,7 +823,8 @@ def apply(args: argparse.Namespace, started: float) -> None:
     counts = {"clean": len(clean), "removed": len(removed), "undecided_pairs": len(undecided)}
     known = {"decisions_sha256": digest, "undecided": undecided, "stale": stale, "tables": tables}
     finish_run(args, inputs, started, name="apply.json", counts=counts, **known)
-    print(f"{text}\n\n{len(pairs):,} pairs; to review them: python tui.py {args.out}")
+    review = f"; to review them: {shlex.join(['python', 'tui.py', str(args.out)])}" if pairs else ""
+    print(f"{text}\n\n{len(pairs):,} pairs{review}")
     for name, found in (("undecided pairs", undecided), ("verdicts of former pairs", stale)):
         shown = one_line(", ".join(found[:3])) + ", ..." * (len(found) > 3)
         print(f"{len(found):,} {name} ({shown}; all in apply.json)" if found else f"0 {name}")
@@ -874,8 +879,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "check":
         return check(args, started)
     if not (args.out / "run.json").exists():
-        raise UserError(f"{args.out} has no pairs yet; find them: python check_contamination.py")
-    read_run(args.out / "run.json")  # before the folder is touched
+        mend = shlex.join(["python", "check_contamination.py", "--out", str(args.out)])
+        raise UserError(f"{args.out} has no run.json: no pairs were found yet, by {mend}")
+    read_run(args.out / "run.json"), check_listed(args.out / "pairs.jsonl")  # before any writing
     with output_folder(args.out, overwrite=True, keep_run=True):
         apply(args, started)
 

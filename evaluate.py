@@ -60,6 +60,7 @@ from check_contamination import (
     HUB,
     Subject,
     check_input,
+    check_listed,
     load_benchmark,
     local_inputs,
     markdown_table,
@@ -913,7 +914,8 @@ def earlier_runs(folders: list[Path]) -> dict[str, Row]:
     """{model: {"about", "results"}} of finished folders of this script, for --compare."""
     runs: dict[str, Row] = {}
     for folder in folders:
-        file = check_input(folder / "results.json", f"{folder} is no folder of evaluate.py's")
+        mend = f"{folder} is no folder of evaluate.py's"
+        file = check_listed(check_input(folder / "results.json", mend))
         try:
             for model, about in json.loads(file.read_bytes())["models"].items():
                 paths = sorted((folder / about["folder"]).glob("*.json"))

@@ -62,7 +62,7 @@ from build_dataset import (
     step_of,
     write_file,
 )
-from check_contamination import check_input, read_jsonl
+from check_contamination import check_input, check_listed, read_jsonl
 
 if TYPE_CHECKING:
     import torch
@@ -259,7 +259,9 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
 def load_rows(args: argparse.Namespace) -> list[Row]:
     """The training rows; says so when verdicts are newer than the clean set."""
     fields = {"instruction": str, "output": str}
-    rows = read_jsonl(check_input(args.data, MEND), fields)[: args.limit]
+    for record in ("run.json", "apply.json"):
+        check_listed(check_input(args.data, MEND), record)
+    rows = read_jsonl(args.data, fields)[: args.limit]
     log, applied = (args.data.with_name(name) for name in ("decisions.jsonl", "apply.json"))
     with suppress(OSError, ValueError, LookupError, TypeError):  # absent, or edited by hand
         if sha256_of(log) != json.loads(applied.read_bytes())["decisions_sha256"]:
@@ -980,7 +982,8 @@ def main(argv: list[str] | None = None) -> None:
     run, counts = prepare(args, stop, inputs[str(args.data)]["sha256"])
     check_unchanged(inputs)
     again = "" if args.resume else " --resume"
-    with output_folder(args.out, args.overwrite, mend=again) if RANK == 0 else nullcontext():
+    hold = functools.partial(output_folder, args.out, args.overwrite, args.resume, again)
+    with hold() if RANK == 0 else nullcontext():  # a run that ended a moment too late stays
         if RANK == 0 and not args.resume:
             cut_log(args.out / LOG, -1)
             for old in checkpoints(args.out):

@@ -41,7 +41,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import build_dataset as shared
 from build_dataset import UserError, check_output, output_folder, refuse
-from check_contamination import check_input, markdown_table, read_decisions, read_jsonl
+from check_contamination import (
+    check_input,
+    check_listed,
+    markdown_table,
+    read_decisions,
+    read_jsonl,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -242,12 +248,12 @@ def read_adapter(folder: Path, weight: float) -> Adapter:
     code = f"t.load({str(pickle)!r}, weights_only=True), {str(weights)!r}"
     code = f"import torch as t, safetensors.torch as s; s.save_file({code})"
     hint = f"a pickle, which may run code; convert it: {shlex.join(['python', '-c', code])}"
-    refuse({f"{folder} is a {kind} adapter; only LORA can be merged": kind != "LORA"})
+    refuse({f"{path}: peft_type is {kind}; only LORA can be merged": kind != "LORA"})
     refuse({f"{path}: {', '.join(used)} cannot be merged here; try PEFT's own merge": used})
     refuse({f"{path}: init_lora_weights = {init!r} changed the base": init not in PLAIN_INITS})
     refuse({f"{path}: {wrong[:1]} is not a rank or an alpha": wrong})
     refuse({f"{pickle} is {hint}": pickle.exists() and not weights.exists()})
-    return Adapter(folder, weight, config, read_header(check_input(weights, mend)))
+    return Adapter(folder, weight, config, read_header(check_listed(check_input(weights, mend))))
 
 
 def check_numbers(adapter: Adapter) -> None:
@@ -686,11 +692,14 @@ def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) 
         other = read_json(config_file, {}) if os.path.isfile(config_file) else {}
         pairs = {fact: (other[fact], plan.config.get(fact)) for fact in FACTS if fact in other}
         facts = [f"{fact} {a} -> {b}" for fact, (a, b) in pairs.items() if a != b]
-        what = f"{folder} was trained on {theirs}; {plan.base} has another {' and '.join(differ)}"
+        what = (
+            f"{folder} was trained on {theirs}; {plan.base} differs in its {' and '.join(differ)}"
+        )
+        what += f": {', '.join(facts)}" * bool(facts)
         foreign = differ and not args.foreign_base or "model_type" in " ".join(facts)
-        refuse({f"{what} {facts or ''}; if you mean it, add --foreign-base": foreign})
+        refuse({f"{what}; if you mean it, add --foreign-base": foreign})
         if differ:
-            warnings.append(f"{what} {facts or ''}")
+            warnings.append(what)
         elif known:
             print(f"{plan.base} is the base that {folder} was trained on: fingerprints agree")
         else:
@@ -798,7 +807,8 @@ def folder_aside(out: Path, overwrite: bool) -> Iterator[Path]:
 def check_room(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) -> None:
     """Refuse an output inside an input, and a disk or memory that is too small, before any work."""
     out = args.out.resolve()
-    inside = [f for f in (plan.base, *(a.folder for a in adapters)) if f.resolve() in out.parents]
+    inputs = (plan.base, *(adapter.folder for adapter in adapters))
+    inside = [str(folder) for folder in inputs if folder.resolve() in out.parents]
     size = sum((plan.base / shard).stat().st_size for shard in plan.shards)
     free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
     need = 5 * sum(math.prod(about.shape) for about in plan.tensors.values())  # float32 and more
@@ -873,6 +883,7 @@ def main(argv: list[str] | None = None) -> None:
 def next_command(args: argparse.Namespace, adapters: list[dict[str, Any]]) -> list[str]:
     """How to evaluate the model, on the files and verdicts that the contamination check had."""
     command = ["python", "evaluate.py", "--model", args.base_model, "--model", str(args.out)]
+    command += ["--out", str(args.out.with_name("eval"))]
     if folder := adapters[0].get("contamination"):
         path = Path(folder) / "run.json"
         run = read_json(path, {"settings": dict}) if path.exists() else {}

@@ -99,12 +99,12 @@ CURVES = {  # metric -> title with its unit
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
 }
-STEPS = {  # folder -> script, and its inputs where the folder is not out/
+STEPS = {  # folder -> script, and its inputs where they or the folder are not below out/
     "dataset": ("build_dataset", ""),
-    "contamination": ("check_contamination", "--dataset {root}/dataset/dataset.jsonl "),
-    "adapter": ("finetune", "--data {root}/contamination/clean.jsonl "),
-    "merged": ("merge", "--adapter {root}/adapter "),
-    "eval": ("evaluate", "--model BASE --model {root}/merged "),
+    "contamination": ("check_contamination", "--dataset {dataset}/dataset.jsonl "),
+    "adapter": ("finetune", "--data {contamination}/clean.jsonl "),
+    "merged": ("merge", "--adapter {adapter} "),
+    "eval": ("evaluate", "--model {base} --model {merged} "),
 }
 SIGNS = {  # status of a step -> sign and colour
     "finished": ("✓", "$text-success"),
@@ -115,6 +115,7 @@ SIGNS = {  # status of a step -> sign and colour
     "not run": ("·", DIM),
 }
 Parts = list[tuple[str, str]]  # (text, style): what a pane shows and, joined, what a pipe gets
+NO_PAIRS: Parts = [("Run python check_contamination.py: no flagged pairs here", "bold")]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -718,12 +719,16 @@ def pipeline_states(folder: Path, hashed: bool = True) -> list[StepState]:
     found: dict[Any, list[Path]] = defaultdict(list)
     for path in filter(is_step, sorted(root.iterdir())):
         found[script_of(path)].append(path)
-    states = []
+    states, usual, at = [], True, {"base": "BASE"}
     for name, (script, inputs) in STEPS.items():
-        quoted = shlex.quote(str(root))
-        flags = f" {inputs.format(root=quoted)}--out {quoted}/{name}" * (quoted != "out")
-        missing = StepState(script, root / name, "not run", "", "", f"python {script}.py{flags}")
+        folder = (found[script] or [root / name])[-1]
+        usual &= folder == Path("out") / name
+        flags = f" {inputs.format(**at)}--out {shlex.quote(str(folder))}" * (not usual)
+        missing = StepState(script, folder, "not run", "", "", f"python {script}.py{flags}")
         states += [step_state(path, hashed) for path in found[script]] or [missing]
+        at[name] = shlex.quote(str(folder))
+        base = read_object(folder / "run.json").get("base_model")
+        at |= {"base": shlex.quote(one_line(base))} if isinstance(base, str) else {}
     return states
 
 
@@ -862,9 +867,9 @@ def summary(folder: Path) -> str:
     path = find(folder, *PAIRS)
     (pairs, bad), verdicts = load_pairs(path), Verdicts(path.with_name("decisions.jsonl"), "")
     verdicts.poll()
-    parts = [(f"{len(pairs):,} flagged pairs in {one_line(path.parent)}, ", "")]
-    parts += review_parts(pairs, verdicts, path.parent)
-    parts.append(("\n\n", ""))
+    found = [(f"{len(pairs):,} flagged pairs in {one_line(path.parent)}, ", "")]
+    found += review_parts(pairs, verdicts, path.parent)
+    parts = [*(found if pairs else NO_PAIRS), ("\n\n", "")]
     parts += [(f"{len(bad):,} unreadable lines: {', '.join(bad[:3])}\n\n", "")] * bool(bad)
     path = find(folder, *LOG)
     log, tail = RunLog(), Tail(path)
@@ -946,7 +951,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         What takes text or another key acts at once, before the next key finds its receiver: over a
         slow link several arrive together, and the words of a filter are no verdicts.
         """
-        first = ("filter", "note", "mark", "fields")
+        first = ("filter", "note", "mark", "fields", "leave")
         return [
             Binding(k, a, name or tip, bool(name), tooltip=tip * bool(name), priority=a in first)
             for k, a, name, tip in rows
@@ -1142,9 +1147,8 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         def draw(self) -> None:
             width = min(40, max(4, self.app.size.width - 72))
-            empty = [("Run python check_contamination.py: no flagged pairs here", "bold")]
             full = review_parts(self.pairs, self.verdicts, self.path.parent, width)
-            self.put("#progress", full if self.pairs else empty)
+            self.put("#progress", full if self.pairs else NO_PAIRS)
             part = f" of {len(self.pairs):,}" * (len(self.shown) < len(self.pairs))
             count = f"{len(self.shown):,}{part}, {self.orders[0]}"
             self.put("#listed", [(count, DIM)])
@@ -1446,7 +1450,8 @@ def make_app(args: argparse.Namespace) -> "App[None]":
         BINDINGS = bind(
             *((str(n), f"tab('{name}')", "", f"Show {name}") for n, name in enumerate(panes, 1)),
             ("question_mark", "help", "keys", "Show or hide all keys of this tab"),
-            ("q,ctrl+c", "quit", "", "Leave; every verdict is on disk already"),
+            ("q", "quit", "", "Leave; every verdict is on disk already"),
+            ("ctrl+c", "leave", "", "Leave, whatever is open"),
         )
 
         def compose(self) -> ComposeResult:
@@ -1482,6 +1487,9 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         def get_system_commands(self, screen: Any) -> Any:  # nothing is written but verdicts
             return (c for c in super().get_system_commands(screen) if c.title != "Screenshot")
+
+        def action_leave(self) -> None:
+            self.exit()
 
         def action_help(self) -> None:
             shown = self.screen.query("HelpPanel")

@@ -543,7 +543,7 @@ def test_bad_settings_are_refused(tmp_path, demo) -> None:
     assert_refused(done, "finished", "--overwrite")
     (tmp_path / "own").mkdir()
     (tmp_path / "own/thesis.txt").write_text("not yours")
-    assert_refused(run_script("build_dataset", *base[:-1], tmp_path / "own"), "another origin")
+    assert_refused(run_script("build_dataset", *base[:-1], tmp_path / "own"), "no run.json of")
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real data is not there")

@@ -5,8 +5,11 @@ set is what the verdicts say; benchmark files are read exactly; odd input is one
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -95,6 +98,21 @@ def test_apply_follows_the_verdicts(demo, tmp_path) -> None:
     done = run_script("finetune", "--base-model", "none", "--data", folder / "clean.jsonl",
                       "--out", tmp_path / "a")  # fmt: skip
     assert "newer verdicts" in done.stderr
+    with (folder / "clean.jsonl").open("a") as clean:
+        clean.write(json.dumps(read_lines(folder / "clean.jsonl")[0]) + "\n")
+    done = run_script("finetune", "--base-model", "none", "--data", folder / "clean.jsonl",
+                      "--out", tmp_path / "a")  # fmt: skip
+    assert_refused(done, "clean.jsonl is not the file", "apply.json lists")
+
+
+def test_work_goes_on_when_nobody_reads_what_it_says(demo, tmp_path) -> None:
+    shutil.copytree(demo / "contamination", folder := tmp_path / "c")
+    (folder / "apply.json").unlink()
+    command = [sys.executable, ROOT / "check_contamination.py", "apply", "--out", folder]
+    command = f"{shlex.join(map(str, command))} 2>&1 | head -c 0"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True)
+    assert done.returncode == 0 and (folder / "apply.json").exists()
+    assert not (folder / ".unfinished").exists()
 
 
 def test_overwriting_keeps_the_verdicts(demo, tmp_path) -> None:
@@ -111,7 +129,7 @@ def test_overwriting_keeps_the_verdicts(demo, tmp_path) -> None:
     assert pair["train_id"] in {row["id"] for row in read_lines(out / "clean.jsonl")}
 
 
-def test_a_torn_line_is_no_verdict_and_spoils_no_other(tmp_path) -> None:
+def test_a_torn_line_is_no_verdict_and_spoils_no_other(tmp_path, capsys) -> None:
     log = tmp_path / "decisions.jsonl"
     check.append_decision(log, "a", "duplicate", "ann")
     whole = log.read_bytes()
@@ -124,6 +142,11 @@ def test_a_torn_line_is_no_verdict_and_spoils_no_other(tmp_path) -> None:
         assert check.read_decisions(log)["c"]["verdict"] == "gray-area"
         known = set(check.read_decisions(log))
         assert known == {"a", "c"} | ({"b"} if cut == len(full) - 1 else set())
+    log.write_text('{"pair_id": "a", "verdict": "maybe"}\n' + whole.decode() + '{"pair_id"')
+    capsys.readouterr()
+    assert check.read_decisions(log)["a"]["verdict"] == "duplicate"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and f"{log}:1 is no verdict" in said[0] and f"{log}:3 is" in said[1]
 
 
 def test_verdicts_survive_kills_of_two_writers(tmp_path) -> None:

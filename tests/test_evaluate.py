@@ -867,6 +867,10 @@ def test_compare_finished_folders(tmp_path) -> None:
     line = refused("--compare", tmp_path / "a", tmp_path / "e", "--out", tmp_path / "f")
     assert "world" in line and "--limit" in line
     assert "evaluate" in refused("--compare", tmp_path, "--out", tmp_path / "f")
+    with (tmp_path / "b/results.json").open("a") as results:
+        results.write("\n")
+    line = refused("--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "f")
+    assert "results.json is not the file" in line
     assert not (tmp_path / "f").exists()
 
 

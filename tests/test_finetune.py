@@ -758,6 +758,17 @@ def test_without_a_whole_checkpoint_it_starts_at_step_0(whole, tmp_path) -> None
     assert sha256(out) == expected
 
 
+def test_a_run_that_was_stopped_at_its_very_end_is_kept(whole, tmp_path) -> None:
+    flags, expected = whole
+    out = tmp_path / "out"
+    assert tune(*flags, "--out", out) == 0
+    (out / ".unfinished").write_text("python finetune.py\n")  # run.json was there a moment before
+    done = run_here(*flags, "--out", out, "--resume")
+    assert done.returncode == 0 and "step 1/" not in done.stderr, done.stderr
+    assert sha256(out) == expected and not (out / ".unfinished").exists()
+    assert finetune.checkpoints(out)
+
+
 def test_resume_refuses_what_has_changed(whole, tmp_path) -> None:
     flags, _ = whole
     out = tmp_path / "out"

@@ -345,7 +345,7 @@ def test_the_base_is_known_by_its_fingerprint(pair, tmp_path, capsys) -> None:
     run = run_merge(other, tmp_path / "n", "--adapter", adapter, "--foreign-base")
     table = "\n".join(run["norms"])
     assert table in capsys.readouterr().out and "layer 0" in table and "layer 1" in table
-    assert any("another tensors" in warning for warning in run["warnings"])
+    assert any("differs in its tensors" in warning for warning in run["warnings"])
     assert any("--partner-check" in warning for warning in run["warnings"])
     assert "--partner-check" in (tmp_path / "n/README.md").read_text()
     assert torch.equal(
@@ -418,8 +418,13 @@ def test_training_on_flagged_rows_is_written_down(pair, tmp_path) -> None:
     data = folder / "clean.jsonl"
     rows = [{"id": "t1", "licence": "MIT"}, {"id": "t9", "licence": "MIT"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {"step": "finetune", "settings": {}, "outputs": {}}
     known = {str(data): {"sha256": merge.shared.sha256_of(data)}}
-    (adapter / "run.json").write_text(json.dumps({"step": "finetune", "inputs": known}))
+    (adapter / "run.json").write_text(json.dumps(run | {"inputs": known}))
+    listed = {"adapter_model.safetensors": {"sha256": "0" * 64}}
+    (adapter / "run.json").write_text(json.dumps(run | {"inputs": known, "outputs": listed}))
+    assert_refused(run_script("merge", "--adapter", adapter, "--out", tmp_path / "m"), "edited")
+    (adapter / "run.json").write_text(json.dumps(run | {"inputs": known}))
     run = run_merge(base, tmp_path / "m", "--adapter", adapter)
     assert run["adapters"][0]["flagged_rows"] == 1 and run["adapters"][0]["licences"] == {"MIT": 2}
     assert any("1 rows that are flagged" in warning for warning in run["warnings"])
@@ -513,7 +518,7 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
     "config not UTF-8": (lambda b, a: (a / CONFIG).write_bytes(b"\xff\xfe{}"), "is not JSON"),
     "config a list": (lambda b, a: (a / CONFIG).write_text("[]"), "holds a list"),
     "config deep": (lambda b, a: (a / CONFIG).write_text("[" * 99999), "is not JSON"),
-    "unknown kind": (lambda b, a: edit_json(a / CONFIG, peft_type="LOHA"), "LOHA adapter; only"),
+    "unknown kind": (lambda b, a: edit_json(a / CONFIG, peft_type="LOHA"), "peft_type is LOHA"),
     "kind a number": (lambda b, a: edit_json(a / CONFIG, peft_type=3), "peft_type cannot be 3"),
     "kind a list": (lambda b, a: edit_json(a / CONFIG, peft_type=["LORA"]), "peft_type cannot be"),
     "rank text": (lambda b, a: edit_json(a / CONFIG, r="4"), "r cannot be '4'"),
@@ -622,7 +627,7 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
         lambda b, a: (a / "base_fingerprint.json").write_text("?"),
         "base_fingerprint.json is not JSON",
     ),
-    "run.json a list": (lambda b, a: (a / "run.json").write_text("[]"), "run.json holds a list"),
+    "run.json a list": (lambda b, a: (a / "run.json").write_text("[]"), "run.json is not what"),
 }  # fmt: skip
 
 
@@ -651,7 +656,9 @@ def test_odd_json_types_anywhere_are_one_line(small, tmp_path, file: str) -> Non
     shutil.copytree(small[0], base), shutil.copytree(small[1], adapter)
     fingerprinted(adapter, base)
     edit_json(base / "config.json", quantization_config=None)
-    (adapter / "run.json").write_text(json.dumps({"inputs": {}, "step": "finetune"}))
+    (adapter / "run.json").write_text(
+        json.dumps(dict.fromkeys(("settings", "inputs", "outputs"), {}))
+    )
     (base / "run.json").write_text(json.dumps({"lineage": []}))
     folders = [folder for folder in (base, adapter) if (folder / file).exists()]
     args = ["--adapter", str(adapter), "--base-model", str(base), "--out", str(tmp_path / "m")]

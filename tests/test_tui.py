@@ -11,6 +11,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -532,9 +533,17 @@ def test_states_of_the_pipeline(tmp_path) -> None:
     states = {state.script: state for state in tui.pipeline_states(out)}
     assert {state.status for state in states.values()} == {"not run"}
     assert states["finetune"].command == (
-        f"python finetune.py --data '{out}'/contamination/clean.jsonl --out '{out}'/adapter"
+        f"python finetune.py --data '{out}/contamination'/clean.jsonl --out '{out}/adapter'"
     )
     source = write_lines(tmp_path / "source.jsonl", [{"a": 1}])
+    finish(out / "rows", "build_dataset", source)  # a folder with a name of its own
+    write_sealed(out / "rows/run.json", {"step": "merge", "base_model": "a model"})
+    states = {state.script: state for state in tui.pipeline_states(out)}
+    assert f"--model 'a model' --model '{out}/rows' " in states["evaluate"].command
+    finish(out / "rows", "build_dataset", source)
+    states = {state.script: state for state in tui.pipeline_states(out)}
+    assert f"--dataset '{out}/rows'/dataset.jsonl " in states["check_contamination"].command
+    shutil.rmtree(out / "rows")
     finish(out / "dataset", "build_dataset", source)
     data = write_lines(out / "dataset/dataset.jsonl", [{"id": "1"}])
     finish(out / "contamination", "check_contamination", data)
