@@ -1144,12 +1144,12 @@ def tables(found: dict[str, Any], paper: bool) -> str:
             theirs = {row.pop("task"): row for row in csv.DictReader(file)}
     parts = []
     for part in [p for p in ("all", "unflagged", "flagged") if f"{p} questions" in found]:
-        beside = "" if part == "all" else " (and less those of all)"
+        beside = "" if part == "all" else " (in brackets: less that of all)"
         parts.append(f"Scores in percent, {part} questions{beside}:")
         columns = ["task", "metric", "questions", *names]
         parts.append(markdown_table(columns, score_rows(found, part)))
     for number, subjects in {5: False, 7: True}.items() if others or paper else ():
-        title = f"Change over {base} in percent, the paper's Table {number}; (=): {SAME}:"
+        title = f"Change over {base} in percent, the paper's Table {number}; (=): {SAME}; -: of 0:"
         if rows := change_rows(found, theirs, subjects):
             columns = ["task", *others, *theirs.get("arc", {})]
             parts += [title, markdown_table(columns, rows)]

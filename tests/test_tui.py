@@ -722,6 +722,20 @@ def test_the_key_that_shows_all_keys_is_in_sight_at_40_columns(folder) -> None:
         assert "? keys" in drive(folder, [tab], size=(40, 24)).lines_shown[-1]
 
 
+@pytest.mark.parametrize("key", ["", "m", "e", "f", "slash", "question_mark"])
+def test_ctrl_c_leaves_whatever_is_open(folder, key: str) -> None:
+    async def script(app, pilot):
+        await pilot.press(*[key] * bool(key))
+        await pilot.pause()
+        assert not app._exit
+        await pilot.press("ctrl+c")
+        await pilot.pause()
+        assert app._exit
+
+    drive(folder, script)
+    assert not decisions(folder)
+
+
 def test_faults_are_a_line_on_the_screen(folder, monkeypatch) -> None:
     pairs = folder / "contamination/pairs.jsonl"
     with pairs.open("a") as file:
