@@ -116,6 +116,15 @@ def outlive_readers() -> None:
             setattr(sys, name, io.TextIOWrapper(raw, **how, line_buffering=old.line_buffering))
 
 
+def sibling(folder: Path, name: str = "") -> str:
+    """The path of `name` beside a folder; of what holds both, without `name`.
+
+    >>> sibling(Path("out/merged"), "eval"), sibling(Path("."), "eval")
+    ('out/eval', '../eval')
+    """
+    return os.path.normpath(folder / ".." / name)
+
+
 def one_line(error: Exception | str) -> str:
     """An error's or another text on one line of at most 500 characters, whatever data is in it.
 
@@ -973,7 +982,7 @@ def print_table(rows: list[Row]) -> None:
 
 def next_command(args: argparse.Namespace) -> str:
     """How to check the rows, beside them and on the same local files."""
-    flags = ["--dataset", args.out / "dataset.jsonl", "--out", args.out.with_name("contamination")]
+    flags = ["--dataset", args.out / "dataset.jsonl", "--out", sibling(args.out, "contamination")]
     flags += ["--local", args.local] if args.local else []
     return f"python check_contamination.py {shlex.join(map(str, flags))}"
 

@@ -61,6 +61,7 @@ from build_dataset import (
     refuse,
     run_main,
     sha256_of,
+    sibling,
     similar_pairs,
     to_jsonl,
     write_file,
@@ -830,7 +831,7 @@ def apply(args: argparse.Namespace, started: float) -> None:
         print(f"{len(found):,} {name} ({shown}; all in apply.json)" if found else f"0 {name}")
     what = f"wrote {out}: {len(clean):,} of {len(rows):,} rows."
     print(f"{what} Next (with --base-model, if not Llama-2-13B):")
-    flags = ["--data", str(out), "--out", str(args.out.with_name("adapter"))]
+    flags = ["--data", str(out), "--out", sibling(args.out, "adapter")]
     print(f"python finetune.py {shlex.join(flags)}")
 
 

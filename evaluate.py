@@ -54,6 +54,7 @@ from build_dataset import (
     read_object,
     refuse,
     run_main,
+    sibling,
     write_file,
 )
 from check_contamination import (
@@ -803,9 +804,9 @@ def score_model(
     about["path"] = "stock" if lm.why_stock else "prefix"
     results = []
     for benchmark, group in itertools.groupby(tasks.items(), lambda item: item[1][0].split("/")[0]):
-        lm.label = f"{model} on {benchmark}"
+        lm.label = f"{Path(model).name} on {benchmark}"
         if not args.rank:
-            print(f"scoring {lm.label}", file=sys.stderr, flush=True)
+            print(f"scoring {model} on {benchmark}", file=sys.stderr, flush=True)
         found = score_benchmark(lm, dict(group), args)
         for result in found if not args.rank else ():
             folder.mkdir(exist_ok=True)
@@ -1285,7 +1286,7 @@ def main(argv: list[str] | None = None) -> None:
         text = write_results(args, runs, flagged)
         finish_run(args, inputs, started, models={m: r["about"] for m, r in runs.items()})
     shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
-    print(f"{text}\n\nwrote {args.out}. Next: python tui.py {args.out.parent}")
+    print(f"{text}\n\nwrote {args.out}. Next: python tui.py {sibling(args.out)}")
 
 
 if __name__ == "__main__":

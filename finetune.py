@@ -59,6 +59,7 @@ from build_dataset import (
     refuse,
     run_main,
     sha256_of,
+    sibling,
     step_of,
     write_file,
 )
@@ -994,10 +995,9 @@ def main(argv: list[str] | None = None) -> None:
                 write_file(args.out / name, data)
             run.log(run.steps, "end", seconds=round(time.monotonic() - run.began, 1))
             finish_run(args, inputs, started, counts=counts | {"steps": run.steps})
-            flags = ["--adapter", str(args.out), "--out", str(args.out.with_name("merged"))]
-            print(
-                f"wrote {args.out}: {run.steps} steps. Next:\npython merge.py {shlex.join(flags)}"
-            )
+            flags = ["--adapter", str(args.out), "--out", sibling(args.out, "merged")]
+            print(f"wrote {args.out}: {run.steps} steps. Next:")
+            print(f"python merge.py {shlex.join(flags)}")
 
 
 if __name__ == "__main__":

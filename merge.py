@@ -883,7 +883,7 @@ def main(argv: list[str] | None = None) -> None:
 def next_command(args: argparse.Namespace, adapters: list[dict[str, Any]]) -> list[str]:
     """How to evaluate the model, on the files and verdicts that the contamination check had."""
     command = ["python", "evaluate.py", "--model", args.base_model, "--model", str(args.out)]
-    command += ["--out", str(args.out.with_name("eval"))]
+    command += ["--out", shared.sibling(args.out, "eval")]
     if folder := adapters[0].get("contamination"):
         path = Path(folder) / "run.json"
         run = read_json(path, {"settings": dict}) if path.exists() else {}
