@@ -1465,8 +1465,8 @@ def make_app(args: argparse.Namespace) -> "App[None]":
             yield Footer(compact=True, show_command_palette=False)
 
         def on_load(self) -> None:  # from here on the terminal is not as it was
-            for number in ENDING:
-                leave = functools.partial(self.exit, return_code=128 + number)
+            for number in ENDING:  # later: while its widgets are mounted, an exit may wait for ever
+                leave = functools.partial(self.call_later, self.exit, return_code=128 + number)
                 asyncio.get_running_loop().add_signal_handler(number, leave)
 
         def on_mount(self) -> None:

@@ -1086,3 +1086,27 @@ def test_no_json_in_any_file_stops_it(folder) -> None:
         drive(folder, [*"1jjdaeu", "escape", *"2cccl3oo4"], size=(150, 45))
         with contextlib.suppress(UserError):  # a results.json that is none
             assert "flagged pairs" in tui.summary(folder)
+
+
+def test_a_signal_while_the_widgets_are_mounted() -> None:
+    """An app that is told to exit before it is whole may wait for ever."""
+    base = type(tui.make_app(tui.parse_args([str(ROOT / "demo/recorded")])))
+
+    def tick(left: int) -> None:
+        if left:
+            asyncio.get_running_loop().call_soon(tick, left - 1)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    async def ended(turns: int) -> int | None:
+        class Interrupted(base):
+            def on_load(self) -> None:
+                asyncio.get_running_loop().call_soon(tick, turns)
+
+        app = Interrupted()
+        running = asyncio.ensure_future(app.run_async(headless=True, size=(80, 24)))
+        done, _ = await asyncio.wait({running}, timeout=20)
+        return app.return_code if done else None
+
+    for turns in range(12):
+        assert asyncio.run(ended(turns)) == 143, turns
