@@ -73,15 +73,15 @@ class UserError(Exception):
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(); a user's mistake becomes one line on stderr and exit code 2."""
-    if not sys.stderr.isatty():  # libraries' bars would fill a log file
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    for counted in {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}.items():
-        os.environ.setdefault(*counted)  # no library reports what is used
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor every retry
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor which kernels it lacks
-    warnings.simplefilter("ignore", FutureWarning)  # nor what is for its developers
-    outlive_readers()
     try:
+        if not sys.stderr.isatty():  # libraries' bars would fill a log file
+            os.environ.setdefault("TQDM_DISABLE", "1")
+        for counted in {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}.items():
+            os.environ.setdefault(*counted)  # no library reports what is used
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor every retry
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor which kernels it lacks
+        warnings.simplefilter("ignore", FutureWarning)  # nor what is for its developers
+        outlive_readers()
         main()
     except KeyboardInterrupt:
         what = "interrupted: the same command goes on with what is unfinished, or begins again"
@@ -131,7 +131,7 @@ def one_line(error: Exception | str) -> str:
     >>> one_line(ValueError("line 3:\\n\\x1b[2J"))
     'line 3: \\\\x1b[2J'
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__ * isinstance(error, Exception)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= 500 else text[:250] + " ... " + text[-250:]
 

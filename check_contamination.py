@@ -166,11 +166,8 @@ def markdown_table(headers: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table, aligned in a terminal too: the first column left, the others right."""
     from tabulate import tabulate
 
-    def shown(cell: Any) -> Any:
-        """Of the data's own text nothing acts on a terminal, and none is beyond its encoding."""
-        return one_line(cell) if cell and isinstance(cell, str) else cell
-
-    cells = [[f"{c:,}" if isinstance(c, int) else shown(c) for c in row] for row in rows]
+    forms = {int: "{:,}".format, str: one_line}  # text is of the data: it may act on a terminal
+    cells = [[forms.get(type(cell), lambda c: c)(cell) for cell in row] for row in rows]
     sides = ["left", *["right"] * (len(headers) - 1)]
     return tabulate(cells, headers, "pipe", colalign=sides, disable_numparse=True)
 

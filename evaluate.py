@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -819,19 +820,21 @@ def score_benchmark(
     lm: "HFLM", tasks: dict[str, tuple[str, "ConfigurableTask"]], args: argparse.Namespace
 ) -> list[Row]:
     """Run a benchmark's tasks at once: each draws its few-shot examples by a seed of its own."""
+    import numpy as np
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     lm.get_model_info = dict  # the harness would ask the hub about a local folder, too
     lm.truncated, began = set(), time.monotonic()
-    result = simple_evaluate(
-        model=lm,
-        tasks=[task for _, task in tasks.values()],
-        task_manager=TaskManager(include_defaults=False),
-        limit=args.limit,
-        bootstrap_iters=0,
-        fewshot_random_seed=args.seed,
-    )
+    with np.errstate(invalid="ignore"):  # of mc2's 0 / 0, which true_share() mends
+        result = simple_evaluate(
+            model=lm,
+            tasks=[task for _, task in tasks.values()],
+            task_manager=TaskManager(include_defaults=False),
+            limit=args.limit,
+            bootstrap_iters=0,
+            fewshot_random_seed=args.seed,
+        )
     seconds, rows = time.monotonic() - began, []
     for name, (prefix, _) in tasks.items():
         samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
@@ -866,14 +869,13 @@ def to_questions(prefix: str, samples: list[Row]) -> list[Row]:
         else:
             line["responses"] = answers
         suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
-        numbers = [m for m in sample["metrics"] if isinstance(sample[m], int | float)]
-        numbers = {metric: float(sample[metric]) for metric in numbers}
+        numbers = {m: v for m in sample["metrics"] if isinstance(v := sample[m], int | float)}
         if prefix == "truthfulqa/all" and math.isnan(numbers.get("acc", 0)):
             labels = sample["doc"]["mc2_targets"]["labels"]
             numbers["acc"] = true_share(line["log_likelihoods"], labels)
         if wrong := [metric for metric, value in numbers.items() if not math.isfinite(value)]:
             raise UserError(f"{prefix}, question {number}: its {wrong[0]} is no number")
-        line |= {metric + suffix: value for metric, value in numbers.items()}
+        line |= {metric + suffix: float(value) for metric, value in numbers.items()}
     return list(questions.values())
 
 
@@ -905,9 +907,8 @@ def warn_unchecked(folder: Path, flagged: set[str], tasks: dict[str, tuple[str, 
     seen = {name.split("/")[0] for name in [*counts.get("test_questions", []), *flagged]}
     missing = {prefix.split("/")[0] for prefix, _ in tasks.values()} - seen
     if missing:
-        what = (
-            f"{folder} did not check {', '.join(sorted(missing))} (only {', '.join(sorted(seen))})"
-        )
+        unchecked, checked = (", ".join(sorted(names)) for names in (missing, seen))
+        what = f"{folder} did not check {unchecked} (only {checked})"
         print(f"warning: {what}: none of its questions counts as flagged", file=sys.stderr)
 
 
@@ -1286,7 +1287,7 @@ def main(argv: list[str] | None = None) -> None:
         text = write_results(args, runs, flagged)
         finish_run(args, inputs, started, models={m: r["about"] for m, r in runs.items()})
     shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
-    print(f"{text}\n\nwrote {args.out}. Next: python tui.py {sibling(args.out)}")
+    print(f"{text}\n\nwrote {args.out}. Next: python tui.py {shlex.quote(sibling(args.out))}")
 
 
 if __name__ == "__main__":

@@ -749,5 +749,5 @@ def test_broken_results_are_one_line(demo, tmp_path) -> None:
 
 def test_a_table_cannot_act_on_the_terminal() -> None:
     text = check.markdown_table(["name", "of"], [["\ud800\x1b[2J", 1234], ["", "\u202e"]])
-    assert text.encode().isascii() and text.isprintable() is False and "\x1b" not in text
+    assert text.isascii() and "\x1b" not in text
     assert r"\ud800\x1b[2J" in text and "1,234" in text

@@ -18,10 +18,10 @@ from conftest import ROOT, assert_refused, load_evaluate, run_script
 
 STEPS = ["build_dataset", "check_contamination", "finetune", "merge", "evaluate", "tui"]
 LONGEST = {  # lines now, above the aim of 600 (tui: 1,000); what others import counts apart
-    "check_contamination": 617,
+    "check_contamination": 614,
     "finetune": 1004,
     "merge": 896,
-    "evaluate": 1293,
+    "evaluate": 1294,
     "tui": 1531,
 }
 LONGEST_SHARED = 511  # lines of "# --- shared" sections: files, flags, run.json, embeddings

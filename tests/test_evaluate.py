@@ -655,6 +655,17 @@ def result(task: str, prefix: str, acc: list[float], metric: str = "acc", first:
     return {**about, "prompts_sha256": task, "questions": questions}
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_whole_run_with_answers_too_unlikely_for_the_harness(tmp_path) -> None:
+    model, out = make_model(tmp_path / "model", scale=99), tmp_path / "eval"
+    flags = ["--local", ROOT / "demo/data", "--tasks", "truthfulqa", "--out", out]
+    run("--model", model, *flags, "--dtype", "float32")
+    found = json.loads((out / evaluate.folder_name(str(model)) / "truthfulqa_mc2.json").read_text())
+    likeliest = [max(question["log_likelihoods"]) for question in found["questions"]]
+    assert min(likeliest) < -746 and found["harness"] == {}  # exp() gives 0, the harness nan
+    assert all(0 <= question["acc"] <= 1 for question in found["questions"])
+
+
 def test_mc2_of_answers_too_unlikely_for_the_harness() -> None:
     from lm_eval.tasks.truthfulqa.utils import process_results_mc2
 

@@ -153,6 +153,10 @@ def test_what_apply_reads(demo, tmp_path, monkeypatch, file: str) -> None:
     for number, pair in enumerate(pairs):
         verdict = check.VERDICTS[number % 4]
         check.append_decision(folder / "decisions.jsonl", pair["pair_id"], verdict, "ann")
+    if file == "pairs.jsonl":  # else its hash, not its reader, refuses every mutation
+        run = json.loads((folder / "run.json").read_bytes())
+        run["outputs"].pop(file)
+        (folder / "run.json").write_text(json.dumps(run))
     whole = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(sys, "argv", ["check_contamination.py"])
     monkeypatch.setattr(os, "fsync", lambda _: None)  # 7,000 of them would take most of the time
@@ -499,6 +503,14 @@ def test_killed_at_random_moments(steps, name: str) -> None:
                 step.fresh()
     step.finishes()
     print(name, dict(seen))
+
+
+def test_an_interrupt_before_main(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr(build, "outlive_readers", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        build.run_main(lambda: pytest.fail("it went on"))
+    assert end.value.code == 130 and capsys.readouterr().err.startswith("interrupted: ")
 
 
 @pytest.mark.usefixtures("untouched")
