@@ -311,6 +311,7 @@ def run_step(script: str, args: list[str], log: Path, fault: str) -> None:
     sys.stdin = sys.__stdin__ = open(0, closefd=False)
     sys.argv = [f"{script}.py", *args]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored after nohup
     sys.path.append(str(ROOT))
     os.chdir(ROOT)
     put_in_the_way(fault)
@@ -508,8 +509,12 @@ def test_killed_at_random_moments(steps, name: str) -> None:
 def test_an_interrupt_before_main(monkeypatch, capsys) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.setattr(build, "outlive_readers", lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit) as end:
-        build.run_main(lambda: pytest.fail("it went on"))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored after `&`
+    try:
+        with pytest.raises(SystemExit) as end:
+            build.run_main(lambda: pytest.fail("it went on"))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert end.value.code == 130 and capsys.readouterr().err.startswith("interrupted: ")
 
 
@@ -671,7 +676,9 @@ class Screen(Terminal):
             seen = self.press(key)
 
     def end(self, sign: int | None = None) -> int:
-        """Its exit code after that signal, or after `q`."""
+        """Its exit code after a signal or `q`: a child that has not begun ignores both."""
+        while STARTED.encode() not in self.data and self.alive():
+            time.sleep(0.002)
         os.kill(self.process.pid, sign) if sign else self.press("q")
         self.process.join(60)
         time.sleep(0.05)  # for what it wrote last
