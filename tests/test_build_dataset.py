@@ -579,3 +579,12 @@ def test_hub_loading_on_a_local_copy(tmp_path) -> None:
     assert len(found) == 3
     with pytest.raises(build.UserError, match="cannot be loaded: .*--local"):
         list(build.hub_rows("math", False, path=str(tmp_path / "nowhere")))
+
+
+def test_no_step_uses_the_attention_that_plans_for_every_length():
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert build.check_device("cpu") == "cpu" and not torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(build.UserError, match="--device nonsense cannot be used here"):
+        build.check_device("nonsense")

@@ -24,7 +24,7 @@ LONGEST = {  # lines now, above the aim of 600 (tui: 1,000); what others import 
     "evaluate": 1294,
     "tui": 1531,
 }
-LONGEST_SHARED = 511  # lines of "# --- shared" sections: files, flags, run.json, embeddings
+LONGEST_SHARED = 512  # lines of "# --- shared" sections: files, flags, run.json, embeddings
 LONGEST_FUNCTION = 40  # lines of code below its docstring
 LONGEST_MAIN = 30  # lines in all: it reads as the recipe
 INNER = (
