@@ -805,7 +805,7 @@ def score_model(
     about["path"] = "stock" if lm.why_stock else "prefix"
     results = []
     for benchmark, group in itertools.groupby(tasks.items(), lambda item: item[1][0].split("/")[0]):
-        lm.label = f"{Path(model).name} on {benchmark}"
+        lm.label = f"{Path(model).resolve().name} on {benchmark}"
         if not args.rank:
             print(f"scoring {model} on {benchmark}", file=sys.stderr, flush=True)
         found = score_benchmark(lm, dict(group), args)
@@ -1135,11 +1135,15 @@ def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[s
     return text
 
 
+def labels(models: list[str]) -> dict[str, str]:
+    """What tables call each model: the last part of its path, or all where two share that."""
+    names = {model: Path(model).resolve().name for model in models}  # "." has none of its own
+    return names if len({*names.values()}) == len(names) else {model: model for model in models}
+
+
 def tables(found: dict[str, Any], paper: bool) -> str:
     """results.json as Markdown: scores, change in percent beside the paper's, paired tests."""
-    names = [Path(model).name for model in found["models"]]
-    names = names if len({*names}) == len(names) else [*found["models"]]
-    base, *others = names
+    base, *others = names = list(labels(found["models"]).values())
     theirs: dict[str, Row] = {}
     if paper:
         with PAPER.open(newline="", encoding="utf-8") as file:
@@ -1200,13 +1204,13 @@ def change_rows(found: dict[str, Any], theirs: dict[str, Row], subjects: bool) -
 
 def paired_rows(found: dict[str, Any]) -> list[list[Any]]:
     """The paired test of every benchmark and task; those of subjects are in results.json."""
-    rows = []
+    rows, shown = [], labels(found["models"])
     for row in [row for row in found["comparisons"] if "/" not in row["task"]]:
         parts = [row["points_unflagged"], row["points_flagged"]]
         parts = ["-" if points is None else f"{points:+.2f}" for points in parts]
         interval = "{:+.2f} to {:+.2f}".format(*row["interval"])
         p = "-" if row["p"] is None else f"{row['p']:.2g}"
-        first = [row["task"], Path(row["model"]).name, f"{row['points']:+.2f}", interval]
+        first = [row["task"], shown[row["model"]], f"{row['points']:+.2f}", interval]
         rows.append([*first, row["gained"], row["lost"], p, *parts, row["verdict"]])
     return rows
 
@@ -1218,7 +1222,7 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in found["comparisons"] if row["percent"] is not None]
     rows = [row for row in rows if "/" in row["task"]] or rows
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models, shown = list(dict.fromkeys(row["model"] for row in rows)), labels(found["models"])
     if not rows:
         return
     height = 1.2 + 0.2 * len({row["task"] for row in rows})
@@ -1232,8 +1236,8 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.tick_params(axis="y", labelsize=7)
         axes.margins(y=0.01)
-        axes.set_xlabel(f"change over {Path(rows[0]['base']).name} in percent")
-        axes.set_title(f"{Path(model).name} (grey: {SAME})", fontsize=9)
+        axes.set_xlabel(f"change over {shown[rows[0]['base']]} in percent")
+        axes.set_title(f"{shown[model]} (grey: {SAME})", fontsize=9)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "change"}):  # text; the same bytes
         figure.savefig(path, format="svg", metadata={"Date": None})
 

@@ -713,10 +713,12 @@ def test_means_and_chosen_questions() -> None:
     assert "mmlu/anatomy" not in clean
 
 
-def write_both(tmp_path: Path, base: list, tuned: list, flagged=None, paper=False) -> dict:
-    """results.json of two made-up models, and results.md's text under "text"."""
+def write_both(
+    tmp_path: Path, base: list, *tuned: list, flagged=None, paper=False, names=("base", "x/tuned")
+) -> dict:
+    """results.json of made-up models, and results.md's text under "text"."""
     runs = {name: {"about": {"folder": name, "adapter": None}, "results": results}
-            for name, results in (("base", base), ("x/tuned", tuned))}  # fmt: skip
+            for name, results in zip(names, (base, *tuned), strict=True)}  # fmt: skip
     args = evaluate.parse_args(["--model", "x", "--tasks", "arc", *["--paper"] * paper])
     args.out = tmp_path
     text = evaluate.write_results(args, runs, flagged)
@@ -767,6 +769,21 @@ def test_change_in_percent_is_what_a_hand_computes(tmp_path) -> None:
     assert svg.lstrip().startswith("<?xml") and "<svg" in svg
 
 
+def test_tables_tell_models_apart(tmp_path, monkeypatch) -> None:
+    """Two folders of one name have their whole paths everywhere; "." has its folder's name."""
+    monkeypatch.chdir(tmp_path)
+    wrong, right = ([result("arc_challenge", "arc/all", [x, 0, 1], "acc_norm")] for x in (0, 1))
+    names = ("base", "a/merged", "b/merged")
+    text = write_both(tmp_path, wrong, right, wrong, names=names)["text"]
+    assert table(text, "Scores")["task"] == ["metric", "questions", *names]
+    assert table(text, "Table 5")["task"] == ["a/merged", "b/merged"]
+    assert "| a/merged |" in text and "| b/merged |" in text
+    svg = (tmp_path / "change.svg").read_text()
+    assert "a/merged (grey" in svg and "b/merged (grey" in svg and "over base in" in svg
+    text = write_both(tmp_path, wrong, right, names=("base", "."))["text"]
+    assert table(text, "Table 5")["task"] == [tmp_path.name]
+
+
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the paper's tables are not there")
 def test_the_papers_columns_are_its_tables() -> None:
     import csv
@@ -815,7 +832,7 @@ def test_verdicts_and_what_only_flagged_questions_gain(tmp_path) -> None:
     base = [result("arc_challenge", "arc/all", [0] * 30 + [1, 0] * 35, "acc_norm")]
     tuned = [result("arc_challenge", "arc/all", [1] * 30 + [1, 0] * 35, "acc_norm")]
     flagged = {f"arc/all/{i}" for i in range(30)} | {"mmlu/anatomy/3"}
-    found = write_both(tmp_path, base, tuned, flagged)
+    found = write_both(tmp_path, base, tuned, flagged=flagged)
     row = found["comparisons"][0]
     assert row["verdict"] == "better" and row["p"] == 2 * 0.5**30 and row["gained"] == 30
     assert (row["points"], row["points_unflagged"], row["points_flagged"]) == (30, 0, 100)
@@ -833,7 +850,7 @@ def test_verdicts_and_what_only_flagged_questions_gain(tmp_path) -> None:
     ]
     tests = table(found["text"], "same questions")["arc"]
     assert tests[-3:] == ["+0.00", "+100.00", "better"] and "worse" not in found["text"]
-    worse = write_both(tmp_path, tuned, base, set())
+    worse = write_both(tmp_path, tuned, base, flagged=set())
     assert worse["comparisons"][0]["verdict"] == "worse"
     assert worse["comparisons"][0]["points_flagged"] is None
     assert worse["tasks"]["arc"]["flagged"] == 0
