@@ -805,7 +805,7 @@ def score_model(
     about["path"] = "stock" if lm.why_stock else "prefix"
     results = []
     for benchmark, group in itertools.groupby(tasks.items(), lambda item: item[1][0].split("/")[0]):
-        lm.label = f"{Path(model).resolve().name} on {benchmark}"
+        lm.label = f"{labels([model])[model]} on {benchmark}"
         if not args.rank:
             print(f"scoring {model} on {benchmark}", file=sys.stderr, flush=True)
         found = score_benchmark(lm, dict(group), args)
@@ -1137,7 +1137,7 @@ def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[s
 
 def labels(models: list[str]) -> dict[str, str]:
     """What tables call each model: the last part of its path, or all where two share that."""
-    names = {model: Path(model).resolve().name for model in models}  # "." has none of its own
+    names = {model: os.path.basename(os.path.abspath(model)) for model in models}  # of "." too
     return names if len({*names.values()}) == len(names) else {model: model for model in models}
 
 
