@@ -102,7 +102,7 @@ def ours(folder: Path, *flags: str) -> dict:
     out = folder / "ours"
     sys.argv = ["finetune.py"]
     data = ["--base-model", str(folder), "--data", str(folder / "rows.jsonl"), "--out", str(out)]
-    finetune.main([*data, "--save-every", "1000000", *flags])
+    finetune.main([*data, "--save-every", "1000000", "--overwrite", *flags])
     lines = [json.loads(line) for line in (out / "train_log.jsonl").open()]
     steps = [line for line in lines if "event" not in line]
     tokens = sum(line["tokens"] for line in steps)
@@ -131,7 +131,7 @@ def trainer(folder: Path, micro_batch: int, kind: str) -> dict:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     gpu = torch.cuda.is_available()
-    check_device("cuda" if gpu else "cpu")  # attention without cuDNN's plans, as ours
+    check_device("cuda" if gpu else "cpu")  # without cuDNN's attention, as ours
     dtype = torch.bfloat16 if gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.config.use_cache = False
@@ -231,9 +231,9 @@ def main() -> None:
     names |= {f"trl-{n}": f"TRL, micro-batch {n}" + ", padding-free" * (n > 1) for n in (1, 2)}
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
-        scratch = str(args.folder or temporary)
-        if not (Path(scratch) / "rows.jsonl").exists():
-            make_world(Path(scratch), torch.cuda.is_available())
+        scratch = args.folder or Path(temporary)
+        if not (scratch / "rows.jsonl").exists():
+            make_world(scratch, torch.cuda.is_available())
         drawn = lengths(BATCH * STEPS)
         middle, mean = statistics.median(drawn), statistics.mean(drawn)
         about = f"median {middle:.0f}, mean {mean:.0f}, most {max(drawn)}"

@@ -581,7 +581,7 @@ def test_hub_loading_on_a_local_copy(tmp_path) -> None:
         list(build.hub_rows("math", False, path=str(tmp_path / "nowhere")))
 
 
-def test_no_step_uses_the_attention_that_plans_for_every_length():
+def test_a_checked_device_has_no_attention_that_plans_for_every_length() -> None:
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(True)
