@@ -316,11 +316,13 @@ def run_step(script: str, args: list[str], log: Path, fault: str) -> None:
     os.chdir(ROOT)
     put_in_the_way(fault)
     module = load_evaluate() if script == "evaluate" else __import__(script)
+
+    def main() -> None:
+        module.main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter's end is no part of the step
+
     print(STARTED, flush=True)
-    try:
-        build.run_main(module.main)
-    finally:  # what comes while the interpreter ends is no fault of the step's
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    build.run_main(main)
 
 
 class Step:
