@@ -573,17 +573,15 @@ def shard_bytes(plan: Plan, shard: str) -> Iterator[Any]:
         yield from (block.numpy() for block in new_blocks(plan, name))
 
 
-def write_shards(
-    plan: Plan, out: Path, seed: int, beside: Beside
-) -> tuple[Counter, dict[Path, Future]]:
-    """Write every shard and read it again: (what proved them, sha256 by file)."""
-    proof, hashes = Counter(), {}
+def write_shards(plan: Plan, out: Path, seed: int, beside: Beside) -> Counter:
+    """Write every shard and read it again: what proved them."""
+    proof = Counter()
     for number, shard in enumerate(plan.shards, 1):
-        hashes[out / shard] = beside.write(out / shard, shard_bytes(plan, shard))
+        beside.write(out / shard, shard_bytes(plan, shard))
         for name, new in read_header(out / shard).items():
             proof += prove(plan, name, new, seed)
         print(f"shard {number} of {len(plan.shards)} written and proved", file=sys.stderr)
-    return proof, hashes
+    return proof
 
 
 def prove(plan: Plan, name: str, new: Stored, seed: int) -> Counter:
@@ -857,14 +855,13 @@ def main(argv: list[str] | None = None) -> None:
     stored = ("adapter_config.json", "adapter_model.safetensors")
     inputs += [adapter.folder / name for adapter in adapters for name in stored]
     with Beside() as beside:
-        hashes = {file: beside.hash(file) for file in inputs}
-        import torch  # takes a second, hence after the hashes were begun
+        import torch
 
+        described = shared.describe_inputs(inputs)
         torch.set_num_threads(1)  # several would wait for each other at the end of each block
         about = describe_merge(args, plan, adapters)
         with folder_aside(args.out, args.overwrite) as aside:
-            about["proof"], written = write_shards(plan, aside, args.seed, beside)
-            hashes |= written
+            about["proof"] = write_shards(plan, aside, args.seed, beside)
             about |= norm_table(plan) if plan.norms else {}
             write_rest(plan, about, aside)
             if args.check_logits:
@@ -872,10 +869,9 @@ def main(argv: list[str] | None = None) -> None:
             beside.sync()
             for stored in itertools.chain(*(of.tensors.values() for of in (plan, *adapters))):
                 stored.check()
-            found = {file: job.result() for file, job in hashes.items()}
-            described = shared.describe_inputs(inputs, found)
+            outputs = sorted(path for path in aside.iterdir() if path.name != shared.UNFINISHED)
             inside = argparse.Namespace(**{**vars(args), "out": aside})
-            shared.finish_run(inside, described, started, hashes=found, **about)
+            shared.finish_run(inside, inputs=described, outputs=outputs, started=started, **about)
     print(f"wrote {args.out}: {len(plan.changed())} of {len(plan.tensors)} tensors changed. Next:")
     print(shlex.join(next_command(args, about["adapters"])))
 
