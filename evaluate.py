@@ -44,7 +44,6 @@ from build_dataset import (
     UserError,
     check_device,
     check_output,
-    check_unchanged,
     describe_inputs,
     finish_run,
     first_line,
@@ -797,7 +796,6 @@ def score_model(
 ) -> Row:
     """{"about", "results"} of a model; each task's file is written when the task is whole."""
     lm = load_model(model, files, args)
-    check_unchanged(model_inputs(files))  # chunks are named by these hashes
     folder = args.out / folder_name(model)
     about = {"folder": folder.name, "adapter": args.adapter, "load_in_4bit": args.load_in_4bit}
     about["dtype"] = str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
@@ -1220,6 +1218,7 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    path.unlink(missing_ok=True)  # of a run that was stopped
     rows = [row for row in found["comparisons"] if row["percent"] is not None]
     rows = [row for row in rows if "/" in row["task"]] or rows
     models, shown = list(dict.fromkeys(row["model"] for row in rows)), labels(found["models"])
@@ -1257,9 +1256,19 @@ def task_files(tasks: dict[str, tuple[str, "ConfigurableTask"]]) -> list[Path]:
     return [Path(file) for file in sorted(map(str, files)) if Path(file).is_file()]
 
 
-def model_inputs(files: dict[str, str]) -> dict[str, Row]:
-    """A model's own files for run.json, with the hashes from before they were loaded."""
-    return {path: {"sha256": known} for path, known in files.items() if Path(path).is_file()}
+def model_inputs(models: dict[str, dict[str, str]]) -> dict[str, Row]:
+    """The models' own files for run.json, with the hashes that check_models() has found."""
+    files = [item for known in models.values() for item in known.items()]
+    return {path: {"sha256": sha256} for path, sha256 in files if Path(path).is_file()}
+
+
+def files_written(args: argparse.Namespace, tasks: dict[str, Any]) -> list[Path]:
+    """What this run has put into --out: every model's tasks, the comparison, a picture if any."""
+    files = [args.out / name for name in ("results.json", "results.md", "change.svg")]
+    for model in args.model:
+        folder = args.out / folder_name(model)
+        files += [folder / f"{task}.json" for task in tasks]
+    return [path for path in files if path.exists()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1278,18 +1287,18 @@ def main(argv: list[str] | None = None) -> None:
     pick_device(args)
     files = check_models(args)
     tasks = benchmark_tasks(args) if files else {}
-    inputs |= describe_inputs(task_files(tasks))
-    check_unchanged(inputs)
+    inputs |= describe_inputs(task_files(tasks)) | model_inputs(files)
     if args.contamination and files and not args.rank:
         warn_unchecked(args.contamination, flagged, tasks)
     with nullcontext() if args.rank else output_folder(args.out, args.overwrite):
         for model in args.model:
             add_run(runs, run_name(model, args), score_model(model, files[model], tasks, args))
-            inputs |= model_inputs(files[model])
         if args.rank:
             return None
         text = write_results(args, runs, flagged)
-        finish_run(args, inputs, started, models={m: r["about"] for m, r in runs.items()})
+        outputs = files_written(args, tasks)
+        models = {model: run["about"] for model, run in runs.items()}
+        finish_run(args, inputs=inputs, outputs=outputs, started=started, models=models)
     shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
     print(f"{text}\n\nwrote {args.out}. Next: python tui.py {shlex.quote(sibling(args.out))}")
 

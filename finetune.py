@@ -46,10 +46,8 @@ from build_dataset import (
     UserError,
     check_device,
     check_output,
-    check_unchanged,
     command_line,
     describe_inputs,
-    file_state,
     finish_run,
     first_line,
     make_parser,
@@ -614,7 +612,6 @@ def prepare(args: argparse.Namespace, stop: Stop, data_sha256: str) -> tuple[Run
     folder = model_folder("--base-model", args.base_model)
     check_input(folder / "config.json", f"--base-model {args.base_model} is no model's folder")
     torch.manual_seed(args.seed)
-    files = {path: file_state(path) for path in folder.glob("*.safetensors")}
     model, tokenizer = load_model(args, folder, device)
     known, n = tokenise(rows, tokenizer, args.cutoff), args.val_set_size
     if len(known) <= n:
@@ -634,8 +631,6 @@ def prepare(args: argparse.Namespace, stop: Stop, data_sha256: str) -> tuple[Run
     settings |= {"seed": args.seed, "limit": args.limit, "device": device.type, "processes": WORLD}
     settings |= {"micro_batch_tokens": capacity, "data": data_sha256}
     settings |= {"base": base_fingerprint(folder)}
-    what = "changed while it was read: run the command again"
-    refuse({f"{path} {what}": file_state(path) != state for path, state in files.items()})
     counts = report(args, known, sizes, len(rows), tokenizer.eos_token_id)
     above = 0 if args.shard else cpu_room(model) if device.type == "cpu" else math.inf
     above = {True: 0, False: math.inf}.get(args.gradient_checkpointing, above)
@@ -955,6 +950,16 @@ def train(run: Run) -> None:
                 leave(run, step)
 
 
+def write_outputs(run: Run, inputs: dict[str, Row], counts: Row, started: float) -> None:
+    """Write the adapter's files, the log's last line, and run.json."""
+    out, files = run.args.out, adapter_files(run)
+    for name, data in files.items():
+        write_file(out / name, data)
+    run.log(run.steps, "end", seconds=round(time.monotonic() - run.began, 1))
+    outputs = [out / name for name in (*files, LOG)]
+    finish_run(run.args, inputs=inputs, outputs=outputs, started=started, counts=counts)
+
+
 def is_finished(args: argparse.Namespace) -> bool:
     """Whether --resume has nothing to do; refuses what would lose checkpoints."""
     unfinished = (args.out / UNFINISHED).exists()
@@ -981,7 +986,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     inputs = describe_inputs([check_input(args.data, MEND)])
     run, counts = prepare(args, stop, inputs[str(args.data)]["sha256"])
-    check_unchanged(inputs)
     again = "" if args.resume else " --resume"
     hold = functools.partial(output_folder, args.out, args.overwrite, args.resume, again)
     with hold() if RANK == 0 else nullcontext():  # a run that ended a moment too late stays
@@ -991,13 +995,12 @@ def main(argv: list[str] | None = None) -> None:
                 shutil.rmtree(old)
         train(run)
         if RANK == 0:
-            for name, data in adapter_files(run).items():
-                write_file(args.out / name, data)
-            run.log(run.steps, "end", seconds=round(time.monotonic() - run.began, 1))
-            finish_run(args, inputs, started, counts=counts | {"steps": run.steps})
-            flags = ["--adapter", str(args.out), "--out", sibling(args.out, "merged")]
-            print(f"wrote {args.out}: {run.steps} steps. Next:")
-            print(f"python merge.py {shlex.join(flags)}")
+            counts["steps"] = run.steps
+            write_outputs(run, inputs, counts, started)
+    if RANK == 0:
+        flags = ["--adapter", str(args.out), "--out", sibling(args.out, "merged")]
+        print(f"wrote {args.out}: {run.steps} steps. Next:")
+        print(f"python merge.py {shlex.join(flags)}")
 
 
 if __name__ == "__main__":

@@ -510,7 +510,7 @@ def test_killed_at_random_moments(steps, name: str) -> None:
 
 def test_an_interrupt_before_main(monkeypatch, capsys) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ})
-    monkeypatch.setattr(build, "outlive_readers", lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(build, "silence_libraries", lambda: signal.raise_signal(signal.SIGINT))
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored after `&`
     try:
         with pytest.raises(SystemExit) as end:
