@@ -426,22 +426,19 @@ def make_plan(base: Base, adapters: list[Adapter]) -> Plan | str:
     """Plan the merge module by module, or say why the whole model has to be loaded."""
     check_options(adapters)
     why = why_plainly(adapters)
-    if why:
-        return why
-    model = build_without_weights(base)
-    disk_names = match_names(model, base)
-    model = wrap(model, adapters, base)
-    plan = Plan(
-        base=base,
-        layers=find_layers(model),
-        disk_names=disk_names,
-        adapter_names=[adapter.name for adapter in adapters],
-    )
-    why = find_gap(plan) or find_tie(model)
-    if why:
-        return why
-    set_weights(plan, adapters)
-    return plan
+    plan = None
+    if not why:
+        model = build_without_weights(base)
+        disk_names = match_names(model, base)
+        model = wrap(model, adapters, base)
+        plan = Plan(base, find_layers(model), disk_names, [adapter.name for adapter in adapters])
+        why = find_gap(plan) or find_tie(model)
+    weighted = len(adapters) > 1 or adapters[0].weight != 1
+    if weighted and why:
+        raise UserError(f"{why}: such an adapter can be merged alone only, with weight 1")
+    if weighted:
+        set_weights(plan, adapters)
+    return why or plan
 
 
 def find_layers(model: "PeftModel") -> dict[str, "BaseTunerLayer"]:
@@ -484,18 +481,11 @@ def find_tie(model: "PeftModel") -> str:
 # --- merging --------------------------------------------------------------------------------------
 
 
-def are_weighted(adapters: list[Adapter]) -> bool:
-    """Whether there is more to do than to merge one adapter as it is."""
-    return len(adapters) > 1 or adapters[0].weight != 1
-
-
 def set_weights(plan: Plan, adapters: list[Adapter]) -> None:
-    """Give each of several adapters its weight; their changes are then summed in float64.
+    """Give each adapter its weight; the changes of all are then summed in float64.
 
     Only the change of LoRA and rsLoRA is a sum of the adapters': refuses others.
     """
-    if not are_weighted(adapters):
-        return
     for adapter in adapters:
         config = adapter.config
         other = [name for name in ("use_dora", "modules_to_save") if config.get(name)]
@@ -528,6 +518,7 @@ def merge_by_module(plan: Plan, out: Path) -> list[Path]:
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_SIZE,
     )
+    remove_shards(out)
     written = []
     for shard, names in split.filename_to_tensors.items():
         temporary = out / f".{shard}.{os.getpid()}.tmp"
@@ -536,7 +527,6 @@ def merge_by_module(plan: Plan, out: Path) -> list[Path]:
             save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
         except SafetensorError as error:  # a full disk
             raise UserError(f"{out / shard}: {error}") from None
-        sync(temporary)
         os.replace(temporary, out / shard)
         written.append(out / shard)
         print(f"{len(written)} of {len(split.filename_to_tensors)} shards", file=sys.stderr)
@@ -547,10 +537,10 @@ def merge_by_module(plan: Plan, out: Path) -> list[Path]:
     return written
 
 
-def sync(path: Path) -> None:
-    """Return when a file's bytes are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def remove_shards(out: Path) -> None:
+    """Remove what a merge that broke off has left: transformers would load the wrong shards."""
+    for left in out.glob("model*.safetensors*"):
+        left.unlink()
 
 
 def new_tensors(plan: Plan, names: list[str]) -> dict[str, "torch.Tensor"]:
@@ -639,13 +629,11 @@ def merge_plainly(base: Base, adapters: list[Adapter], out: Path) -> list[Path]:
     except Exception as error:
         fault = f"PEFT cannot merge {adapters[0].folder}: {cause(error)}"
         raise UserError(fault) from None
+    remove_shards(out)
     merged.save_pretrained(out, max_shard_size=SHARD_SIZE)
     if base.config.get("tie_word_embeddings") and not merged.config.tie_word_embeddings:
         untie_config(base)
-    written = sorted(out.glob("*.safetensors*"))
-    for path in written:
-        sync(path)
-    return written
+    return sorted(out.glob("*.safetensors*"))
 
 
 def untie_head(model: "PeftModel") -> None:
@@ -893,6 +881,16 @@ def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]
     }
 
 
+def read_adapters(args: argparse.Namespace) -> list[Adapter]:
+    """Read all adapters, and set args.base_model to their base where no flag names one."""
+    adapters = []
+    for number, (folder, weight) in enumerate(args.adapter):
+        adapters.append(read_adapter(f"adapter-{number}", Path(folder), weight))
+    own = adapters[0].config.get("base_model_name_or_path")
+    args.base_model = args.base_model or str(own or "")
+    return adapters
+
+
 def input_files(base: Base, adapters: list[Adapter]) -> list[Path]:
     """List the files that decide the result."""
     files = [base.folder / "config.json", *dict.fromkeys(base.files.values())]
@@ -915,23 +913,15 @@ def main(argv: list[str] | None = None) -> None:
     """Adapters + base -> checks -> shards -> folder."""
     started = time.monotonic()
     args = parse_args(argv)
-    adapters = []
-    for number, (folder, weight) in enumerate(args.adapter):
-        adapters.append(read_adapter(f"adapter-{number}", Path(folder), weight))
-    own = adapters[0].config.get("base_model_name_or_path")
-    args.base_model = args.base_model or str(own or "")
+    adapters = read_adapters(args)
     base = read_base(args.base_model)
     check_output(args.out, args.overwrite, base.folder, *(adapter.folder for adapter in adapters))
     check_room(args, base, adapters)
     inputs = shared.describe_inputs(input_files(base, adapters))
     about = describe_merge(args, base, adapters)
     plan = make_plan(base, adapters)
-    if isinstance(plan, str) and are_weighted(adapters):
-        raise UserError(f"{plan}: such an adapter can be merged alone only, with weight 1")
 
     with output_folder(args.out, args.overwrite):
-        for left in args.out.glob("model*.safetensors*"):  # by a merge that broke off
-            left.unlink()
         if isinstance(plan, str):
             print(f"merging with the whole model in memory: {plan}", file=sys.stderr)
             outputs = merge_plainly(base, adapters, args.out)
