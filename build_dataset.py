@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import numpy as np
+    from datasets import Dataset
 
 Row = dict[str, Any]
 FIELDS = ("instruction", "input", "output")
@@ -775,22 +776,54 @@ def raw_rows(
         yield from hub_rows(name, test, **about["hub"])
 
 
-def hub_rows(
-    name: str, test: bool, names: tuple[str | None, ...] = (None,), **load: Any
-) -> Iterator[tuple[str, Any, str]]:
+def hub_calls(hub: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Turn a source's `hub` into (place, arguments of load_dataset): one call per file of a list.
+
+    >>> hub_calls({"path": "json", "folder": "https://x.org/", "data_files": ["a.json"]})
+    [('a.json', {'path': 'json', 'data_files': 'https://x.org/a.json'})]
+    """
+    load = dict(hub)
+    load.pop("split", None)  # load_dataset would return that split alone
+    names = load.pop("names", [])
+    folder = load.pop("folder", "")
+    files = load.get("data_files")
+    if isinstance(files, list):
+        return [(file, {**load, "data_files": folder + file}) for file in files]
+    if names:
+        return [(config, {**load, "name": config}) for config in names]
+    return [(load["path"], load)]
+
+
+def hub_rows(name: str, test: bool, **hub: Any) -> Iterator[tuple[str, Any, str]]:
     """Yield (place, raw row, "") of a source on the hub: its training split, with `test` all."""
     from datasets import load_dataset
 
-    for config in names:
+    training = hub.get("split", "train")
+    for place, load in hub_calls(hub):
+        address = load["data_files"] if load["path"] == "json" else load["path"]
         try:
-            splits = load_dataset(name=config, revision=None, **load)
+            splits = load_dataset(**load)
         except Exception as error:  # no network, no such id, gated: each needs the same hints
             mend = f"put its files in DIR/{name}/ and give --local DIR"
-            place = str(load.get("data_files", load["path"])).strip("[']")
-            raise UserError(f"source {name}: {hub_fault(place, error)}, or {mend}") from None
-        for split in splits if test else ["train"]:
-            for index, raw in enumerate(splits[split]):
-                yield f"{config or load['path']}/{split}:{index}", raw, ""
+            raise UserError(f"source {name}: {hub_fault(address, error)}, or {mend}") from None
+
+        if not test and training not in splits:
+            there = ", ".join(splits)
+            fault = f"{address} has no split {training}, only {there}"
+            raise UserError(f"source {name}: {fault}: name one as `split` in {SOURCES.name}")
+        for split in splits if test else [training]:
+            for index, raw in enumerate(without_decoding(splits[split])):
+                yield f"{place}/{split}:{index}", raw, ""
+
+
+def without_decoding(rows: "Dataset") -> "Dataset":
+    """Leave images as the bytes that they are: rules ask only whether there is one."""
+    from datasets import Image
+
+    for column, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(column, Image(decode=False))
+    return rows
 
 
 def to_row(raw: Any, about: dict[str, Any], args: argparse.Namespace) -> tuple[Row, set[str]]:
@@ -845,6 +878,32 @@ def read_source(name: str, args: argparse.Namespace) -> tuple[list[Row], list[Ro
         came = ", ".join(raw) if isinstance(raw, dict) else "no object"
         what = f"no row of {len(dropped)} converts, the last, {place}: {detail}; came: {came}"
         raise UserError(f"source {name}: {what}")
+    return rows, dropped, inputs
+
+
+def read_sources(
+    names: list[str], args: argparse.Namespace
+) -> tuple[list[Row], list[Row], dict[str, Row]]:
+    """All sources' (rows, dropped rows, inputs). Every source is tried before the faults are told.
+
+    Raises the last source's UserError, once those of the others are on stderr, one line each.
+    """
+    rows, dropped, faults = [], [], []
+    inputs = describe_inputs([SOURCES])
+    for name in names:
+        try:
+            good, bad, files = read_source(name, args)
+        except UserError as error:
+            faults.append(error)
+            continue
+        rows += good
+        dropped += bad
+        inputs |= files
+
+    for fault in faults[:-1]:
+        print(f"error: {one_line(fault)}", file=sys.stderr)
+    if faults:
+        raise faults[-1]
     return rows, dropped, inputs
 
 
@@ -1017,10 +1076,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_output(args.out, args.overwrite, *map(Path, args.extra.values()))
     names = [*args.sources, *args.extra]
-    rows, dropped, inputs = [], [], describe_inputs([SOURCES])
-    for name in names:
-        good, bad, files = read_source(name, args)
-        rows, dropped, inputs = rows + good, dropped + bad, inputs | files
+    rows, dropped, inputs = read_sources(names, args)
     read = len(rows) + len(dropped)
     add_ids(rows)
     add_ids(dropped)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import DEMO, REAL_DATA, ROOT, assert_refused, demo_origins, run_script
+from jinja2 import UndefinedError
 
 import build_dataset as build
 
@@ -57,6 +58,8 @@ CASES = [
         ("q\nRelevant Theorem: t", "", "[1, 2]"),
     ),
     ("theoremqa", {"Question": "q", "Answer": 1, "Picture": "x.png", "theorem_def": "t"}, None),
+    ("theoremqa", {"Question": "q", "Answer": "1", "Picture": None}, ("q", "", "1")),  # the hub's
+    ("theoremqa", {"Question": "q", "Answer": "1", "Picture": "NONE"}, ("q", "", "1")),
     (
         "openbookqa",
         {
@@ -104,6 +107,11 @@ CASES = [
         ("p\nA. a\nB. b", "Choose A, B, C or D as your solution.", "B"),
     ),
     (
+        "arb",
+        {"Problem Statement": "p", "Answer Candidates": ["a"], "Final Answer": "A"},
+        ("p\nA. a", "Choose A, B, C or D as your solution.", "A"),
+    ),
+    (
         "guanaco",
         {"text": "### Human: h### Assistant: a### Human: h2### Assistant: a2"},
         ("h", "", "a### Instruction:\n h2### Response:\n a2"),
@@ -141,6 +149,8 @@ def test_scienceqa_rules() -> None:
     assert convert("scienceqa", {**SCIENCEQA, "question": "What?", "hint": ""})[1] == ""
     assert convert("scienceqa", {**SCIENCEQA, "lecture": "word " * 401}) is None
     assert convert("scienceqa", {**SCIENCEQA, "image": "image.png"}) is None
+    text_only = {column: value for column, value in SCIENCEQA.items() if column != "image"}
+    assert convert("scienceqa", text_only) == (full, "Long ago.", "It is a.")
     assert convert("scienceqa", {**SCIENCEQA, "solution": ""}) is None
     for skill in ("Use guide words", "Is it a complete sentence, a fragment, or a run-on?"):
         assert convert("scienceqa", {**SCIENCEQA, "skill": skill}) is None
@@ -496,6 +506,12 @@ def test_a_reader_that_goes_away_gets_no_traceback(buffered: bool, end: str) -> 
     os.close(writer)
     told = "error: bad\n" if "bad" in end and buffered else ""
     assert (done.returncode, done.stderr) == (141, told)
+
+
+def test_a_theorem_that_is_named_needs_its_definition() -> None:
+    row = {"Question": "q", "Answer": 1, "Picture": None, "theorem": "Rolle's"}
+    with pytest.raises(UndefinedError, match="theorem_def"):
+        convert("theoremqa", row)
 
 
 def test_changed_columns_are_named(tmp_path) -> None:
