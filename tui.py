@@ -663,7 +663,9 @@ def result_parts(rows: list[Row], order: str, wide: bool) -> Parts:
         parts.append((f"{model} over {base}, sorted by {order}\n", "bold"))
         parts.append((TABLE.format(*head) + MORE.format(*more) * wide + "\n", DIM))
         chosen = [row for row in rows if (row["base"], row["model"]) == (base, model)]
-        for row in sorted(chosen, key=RESULT_ORDERS[order]):
+        chosen.sort(key=RESULT_ORDERS[order])
+        chosen.sort(key=lambda row: row["task"] != "average")  # a stable sort: it alone moves up
+        for row in chosen:
             tone = {"better": "$text-success", "worse": "$text-error"}.get(row["verdict"], "")
             change = f"{row['change']:+.1f}" + (" pt" if row["percent"] is None else "%")
             scores = [short(row[k], ".1f") for k in ("base_score", "score")]

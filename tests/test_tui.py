@@ -516,6 +516,20 @@ def test_results_are_a_sorted_table_with_bars(folder) -> None:
     assert any("no results.json" in line for line in drive(folder, ["3"]).lines_shown)
 
 
+def test_the_average_is_the_first_result_in_every_order(folder) -> None:
+    """A mean of four benchmarks: no question of it is gained or lost, and it has no p."""
+    average = {"metric": "mean", "gained": None, "lost": None, "p": None}
+    rows = [comparison("arc", 2.0), comparison("average", 1.0, **average)]
+    rows += [comparison("mmlu", -3.0), comparison("mmlu/algebra", 9.0)]
+    (folder / "eval/results.json").write_text(json.dumps({"comparisons": rows}))
+    for presses in range(len(tui.RESULT_ORDERS)):
+        app = drive(folder, ["3", *["o"] * presses], size=(200, 60))
+        lines = [line for line in app.lines_shown if "%" in line and "points" not in line]
+        names = [line.split()[0] for line in lines]
+        assert names[0] == "average" and sorted(names[1:]) == ["algebra", "arc", "mmlu"], presses
+        assert lines[0].split()[-5:] == ["+2.5", "–", "–", "+1.0", "+5.0"]
+
+
 def finish(folder: Path, script: str, *inputs: Path, **more) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = {str(path): {"sha256": sha256_of(path)} for path in inputs}
