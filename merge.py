@@ -1,8 +1,8 @@
 """Merge adapters into a model by PEFT's own code, one module at a time.
 
 Step 4 of 5 (paper, section 3.2). Reads a base model (folder or hub id, safetensors) and adapters
-in PEFT's layout; writes out/merged/: a Hugging Face model folder with shards of at most 5 GB, the
-base's own config and tokenizer, a model card (README.md) and run.json.
+in PEFT's layout; writes out/merged/: a Hugging Face model folder with shards of 1 GB, the base's
+own config and tokenizer, a model card (README.md) and run.json.
 
     python merge.py --adapter out/lora --out out/small
     python merge.py
@@ -12,15 +12,17 @@ base's own config and tokenizer, a model card (README.md) and run.json.
 The model is built without its weights, on torch's meta device, and PEFT puts the adapter around
 it. Then each module that the adapter tunes gets its weights from the base's files, PEFT merges the
 adapter into it, and the result goes into the next output shard; every other tensor is copied. So
-the bits are those of merge_and_unload(), and memory is one output shard beside the libraries. Only
+the bits are those of merge_and_unload(), and memory is two output shards at most. Only
 kinds of adapters and options in BY_MODULE go this way, of which tests have seen equal bits; the
 others are merged by PEFT with the whole model in memory, and a line says so. Several adapters are
 added by their weights, in float64, and rounded once. An adapter is refused where a tensor of it
 would not be used, or one that its config selects is missing.
-Time: two to three times as long as copying the base (benchmarks/README.md).
+Time: somewhat less than PEFT's own merge takes, though every file is hashed; memory: two output
+shards beside the libraries (both measured: benchmarks/merge.py).
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -31,6 +33,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +55,8 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
 
-SHARD_SIZE = "5GB"  # of an output file at most; transformers 5 would write up to 50 GB
+SHARD_SIZE = "1GB"  # of an output file; two are in memory, one that is made and one written
+MODULES_AT_ONCE = 2  # merged side by side: most of torch's steps here keep one core busy
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
@@ -114,11 +118,11 @@ class Base:
     files: dict[str, Path]  # tensor -> the file that holds it, in the order of their bytes
 
     def read(self, name: str) -> "torch.Tensor":
-        """Read one tensor into memory of its own."""
+        """Return one tensor, a view of the mapped file: its numbers are read when they are used."""
         from safetensors import safe_open
 
         with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name).clone()  # else it would stay a view of the mapped file
+            return file.get_tensor(name)
 
     def mapped(self) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield (name, tensor): views of the mapped files, whose numbers are not read yet."""
@@ -138,7 +142,7 @@ class Plan:
     layers: dict[str, "BaseTunerLayer"]  # by the path of the module that each one tunes
     disk_names: dict[str, str]  # the model's name of a parameter -> its name on the disk
     adapter_names: list[str]  # PEFT's names of them
-    in_float64: bool = False  # several adapters, or a weight: summed there and rounded once
+    work_dtype: "torch.dtype | None" = None  # of the weights while PEFT merges; else their own
     norms: dict[str, Counter] | None = None  # layer: sums of squares, where they are wanted
 
 
@@ -197,7 +201,7 @@ def tensor_names(path: Path) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:  # checks types, sizes, gaps, and the file's length
+        with safe_open(path, "np") as file:  # checks types, sizes, gaps, and the file's length
             return file.offset_keys()
     except SafetensorError as error:
         raise UserError(f"{path} is cut short or no safetensors file: {error}") from None
@@ -228,9 +232,7 @@ def read_adapter(name: str, folder: Path, weight: float) -> Adapter:
         mend = "save it again with PEFT's path_initial_model_for_weight_conversion"
         raise UserError(f"{path}: init_lora_weights = {start!r} changed the base by chance; {mend}")
 
-    adapter = Adapter(name, folder, weight, config, keys=set(tensor_names(weights)))
-    check_numbers(adapter)
-    return adapter
+    return Adapter(name, folder, weight, config, keys=set(tensor_names(weights)))
 
 
 def check_numbers(adapter: Adapter) -> None:
@@ -239,7 +241,7 @@ def check_numbers(adapter: Adapter) -> None:
 
     trained = adapter.config.get("peft_type") != "LORA"
     for name, tensor in load_file(adapter.folder / ADAPTER).items():
-        if not tensor.isfinite().all():
+        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
             raise UserError(f"{adapter.folder}: {name} holds NaN or infinite numbers")
         # a fresh LoRA has B = 0, of an embedding A = 0
         fresh = re.search(r"lora_A|lora_embedding_B|base_layer", name)
@@ -387,20 +389,19 @@ def check_keys(model: "PeftModel", adapter: Adapter) -> None:
         raise UserError(f"{adapter.folder} does not fit this base: {what}")
 
 
-def check_options(adapters: list[Adapter]) -> None:
+def check_options(adapter: Adapter) -> None:
     """Refuse an option that the installed PEFT does not know, and so would leave out."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    for adapter in adapters:
-        kind = str(adapter.config.get("peft_type"))
-        if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            raise UserError(f"{adapter.folder}: peft_type = {kind} is no kind of adapter")
-        known = PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict()
-        for option, value in adapter.config.items():
-            if option not in known and value not in UNSET:
-                what = f"{adapter.folder} has {option} = {value!r:.60}"
-                mend = "install the version of PEFT that saved it"
-                raise UserError(f"{what}, no option of {kind} in this PEFT; {mend}")
+    kind = str(adapter.config.get("peft_type"))
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UserError(f"{adapter.folder}: peft_type = {kind} is no kind of adapter")
+    known = PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict()
+    for option, value in adapter.config.items():
+        if option not in known and value not in UNSET:
+            what = f"{adapter.folder} has {option} = {value!r:.60}"
+            mend = "install the version of PEFT that saved it"
+            raise UserError(f"{what}, no option of {kind} in this PEFT; {mend}")
 
 
 def why_plainly(adapters: list[Adapter]) -> str:
@@ -424,7 +425,11 @@ def why_plainly(adapters: list[Adapter]) -> str:
 
 def make_plan(base: Base, adapters: list[Adapter]) -> Plan | str:
     """Plan the merge module by module, or say why the whole model has to be loaded."""
-    check_options(adapters)
+    import torch
+
+    for adapter in adapters:
+        check_numbers(adapter)
+        check_options(adapter)
     why = why_plainly(adapters)
     plan = None
     if not why:
@@ -432,6 +437,8 @@ def make_plan(base: Base, adapters: list[Adapter]) -> Plan | str:
         disk_names = match_names(model, base)
         model = wrap(model, adapters, base)
         plan = Plan(base, find_layers(model), disk_names, [adapter.name for adapter in adapters])
+        if adapters[0].config["peft_type"] == "LORA":
+            plan.work_dtype = torch.float32  # PEFT's own sum, by torch's faster code: the same bits
         why = find_gap(plan) or find_tie(model)
     weighted = len(adapters) > 1 or adapters[0].weight != 1
     if weighted and why:
@@ -486,6 +493,8 @@ def set_weights(plan: Plan, adapters: list[Adapter]) -> None:
 
     Only the change of LoRA and rsLoRA is a sum of the adapters': refuses others.
     """
+    import torch
+
     for adapter in adapters:
         config = adapter.config
         other = [name for name in ("use_dora", "modules_to_save") if config.get(name)]
@@ -497,7 +506,7 @@ def set_weights(plan: Plan, adapters: list[Adapter]) -> None:
             what = f"{other[0]} = {config[other[0]]!r:.60}"
             fault = f"{adapter.folder} has {what}: only LoRA and rsLoRA can be weighted and summed"
             raise UserError(f"{fault}; merge it alone, with weight 1")
-    plan.in_float64 = True
+    plan.work_dtype = torch.float64
     for layer in plan.layers.values():
         layer.double()
         for adapter in adapters:
@@ -506,10 +515,11 @@ def set_weights(plan: Plan, adapters: list[Adapter]) -> None:
 
 
 def merge_by_module(plan: Plan, out: Path) -> list[Path]:
-    """Write the shards of the merged model, and their index; returns the files."""
+    """Write the shards of the merged model, and their index; returns the files.
+
+    One shard is written while the next is made: two are in memory at most.
+    """
     from huggingface_hub import split_state_dict_into_shards_factory
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     split = split_state_dict_into_shards_factory(
         {name: tensor.nbytes for name, tensor in plan.base.mapped()},
@@ -520,21 +530,36 @@ def merge_by_module(plan: Plan, out: Path) -> list[Path]:
     )
     remove_shards(out)
     written = []
-    for shard, names in split.filename_to_tensors.items():
-        temporary = out / f".{shard}.{os.getpid()}.tmp"
-        tensors = new_tensors(plan, names)
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
-        except SafetensorError as error:  # a full disk
-            raise UserError(f"{out / shard}: {error}") from None
-        os.replace(temporary, out / shard)
-        written.append(out / shard)
-        print(f"{len(written)} of {len(split.filename_to_tensors)} shards", file=sys.stderr)
+    with ThreadPoolExecutor(1) as writer:
+        writing = None
+        for shard, names in split.filename_to_tensors.items():
+            tensors = new_tensors(plan, names)
+            if writing:
+                writing.result()  # raises what went wrong there
+            writing = writer.submit(write_shard, tensors, out / shard)
+            del tensors  # the writer lets go of them before the next but one is made
+            written.append(out / shard)
+            print(f"{len(written)} of {len(split.filename_to_tensors)} shards", file=sys.stderr)
+        writing.result()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         shared.write_file(out / INDEX, json.dumps(index, indent=2) + "\n")
         written.append(out / INDEX)
     return written
+
+
+def write_shard(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
+    """Write a safetensors file under another name, rename it once it is on the disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
+    except SafetensorError as error:  # a full disk
+        raise UserError(f"{path}: {error}") from None
+    shared.sync(temporary)
+    os.replace(temporary, path)
 
 
 def remove_shards(out: Path) -> None:
@@ -547,15 +572,17 @@ def new_tensors(plan: Plan, names: list[str]) -> dict[str, "torch.Tensor"]:
     """Make the tensors of one shard: merged, or copied."""
     parameters = {name: parameter for parameter, name in plan.disk_names.items()}
     tensors = {}
+    tuned = {}  # paths, in their order
     for name in names:
         path = parameters.get(name, "").rpartition(".")[0]
-        if name in tensors:
-            continue  # a bias that came with its weight
         if path in plan.layers:
-            merged = merge_layer(plan, path)
-            tensors |= {other: merged[other] for other in merged if other in names}
+            tuned[path] = True
         else:
             tensors[name] = plan.base.read(name)
+    with ThreadPoolExecutor(MODULES_AT_ONCE) as threads:
+        for merged in threads.map(functools.partial(merge_layer, plan), tuned):
+            for name in merged.keys() & set(names):
+                tensors[name] = merged[name]
     return tensors
 
 
@@ -568,38 +595,43 @@ def merge_layer(plan: Plan, path: str) -> dict[str, "torch.Tensor"]:
 
     layer = plan.layers[path]
     module = layer.get_base_layer()
-    before = {}
+    dtypes = {}
     for attribute, _ in list(module.named_parameters()):
         name = plan.disk_names[f"{path}.{attribute}"]
-        old = plan.base.read(name)
-        if not old.is_floating_point() or old.element_size() < 2:
-            hint = f"{name} holds {old.dtype}; merge into the 16-bit original"
+        stored = plan.base.read(name)
+        if not stored.is_floating_point() or stored.element_size() < 2:
+            hint = f"{name} holds {stored.dtype}; merge into the 16-bit original"
             raise UserError(f"{plan.base.files[name]}: {hint}")
-        before[attribute] = old
-        numbers = old.double() if plan.in_float64 else old.clone()
+        dtypes[attribute] = stored.dtype
+        numbers = stored.to(plan.work_dtype or stored.dtype, copy=True)  # never into the file
         setattr(module, attribute, torch.nn.Parameter(numbers, requires_grad=False))
     layer.merge(adapter_names=plan.adapter_names)
 
     merged = {}
-    for attribute, old in before.items():
+    for attribute, dtype in dtypes.items():
         name = plan.disk_names[f"{path}.{attribute}"]
-        new = getattr(module, attribute).detach().to(old.dtype).contiguous()
-        if not new.isfinite().all():
-            raise UserError(f"{name}: the sum is not finite in {old.dtype}")
+        merged[name] = getattr(module, attribute).detach().to(dtype).contiguous()
+        if not is_finite(merged[name]):
+            raise UserError(f"{name}: the sum is not finite in {dtype}")
         if plan.norms is not None and attribute == "weight":
-            add_norms(plan, name, old, new)
-        merged[name] = new
+            add_norms(plan, name, merged[name])
     module.to("meta")
     return merged
 
 
-def add_norms(plan: Plan, name: str, before: "torch.Tensor", after: "torch.Tensor") -> None:
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """Whether a tensor holds neither NaN nor infinite numbers; much faster than isfinite()."""
+    return all(math.isfinite(end.item()) for end in tensor.aminmax())
+
+
+def add_norms(plan: Plan, name: str, merged: "torch.Tensor") -> None:
     """Add a matrix to its layer's sums of squares."""
     number = re.search(r"\.(\d+)\.", name)
     layer = f"layer {number[1]}" if number else name
+    weights = plan.base.read(name).double()
     sums = plan.norms.setdefault(layer, Counter())
-    sums["weights"] += before.double().square().sum().item()
-    sums["change"] += (after.double() - before.double()).square().sum().item()
+    sums["weights"] += weights.square().sum().item()
+    sums["change"] += (merged.double() - weights).square().sum().item()
 
 
 def norm_table(plan: Plan) -> str:
@@ -913,13 +945,16 @@ def main(argv: list[str] | None = None) -> None:
     """Adapters + base -> checks -> shards -> folder."""
     started = time.monotonic()
     args = parse_args(argv)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages, a third less CPU time
     adapters = read_adapters(args)
     base = read_base(args.base_model)
     check_output(args.out, args.overwrite, base.folder, *(adapter.folder for adapter in adapters))
     check_room(args, base, adapters)
-    inputs = shared.describe_inputs(input_files(base, adapters))
-    about = describe_merge(args, base, adapters)
-    plan = make_plan(base, adapters)
+    with ThreadPoolExecutor(1) as beside:  # hashes, while the libraries are imported
+        hashing = beside.submit(shared.describe_inputs, input_files(base, adapters))
+        about = describe_merge(args, base, adapters)
+        plan = make_plan(base, adapters)
+        inputs = hashing.result()
 
     with output_folder(args.out, args.overwrite):
         if isinstance(plan, str):

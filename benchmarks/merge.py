@@ -1,11 +1,11 @@
-"""Time merging side by side: cp + sync, ours, PEFT, mergekit; then the memory of ours by shard size.
+"""Time merging side by side: cp, ours, PEFT, mergekit; then the memory of ours by shard size.
 
 A random bfloat16 Llama in shards of 500 MB and a random LoRA of rank 16 on the MLP's matrices, the
 paper's targets. Every run is a process of its own that begins with the base's files in the page
 cache, no output and nothing to write back, and counts until its bytes are on the disk (`sync`).
 Rivals that are not in our environment run from .venv-rivals (benchmarks/requirements.txt). Memory
-is the kernel's own high-water mark of resident memory, mapped files included; "imports" is what a
-process takes that imports torch, transformers and peft, and does nothing. 10 minutes, 12 GB of disk.
+is the kernel's own high-water mark of resident memory, mapped files included; "imports" is a
+process that imports torch, transformers and peft, and does nothing. 10 minutes, 20 GB of disk.
 
     python benchmarks/merge.py
     python benchmarks/merge.py --gigabytes 0.5 --runs 1 --shards 0.1,0.2
@@ -69,9 +69,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the base (default: 2)")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the base (default: 4)")
     parser.add_argument("--runs", type=int, default=5, help="of which the median is shown")
-    parser.add_argument("--shards", default="0.5,1,2", help="GB of output shards, for the memory")
+    parser.add_argument("--shards", default="0.5,1,5", help="GB of output shards, for the memory")
     parser.add_argument("--rivals", type=Path, default=ROOT / ".venv-rivals/bin")
     parser.add_argument("--scratch", type=Path, help="folder for the models (default: a new one)")
     return parser.parse_args()
