@@ -92,6 +92,7 @@ TINY = 0.005  # percent: of a base that prints as 0.00 there is no change in per
 MMLU_SUBJECTS = 57  # the full benchmark; fewer are a partial result
 CHUNK_TOKENS = 65_536  # trie nodes between two points to go on from, and the unit of a process
 CHUNK_SHARE = 200  # a chunk is at least this many times the prefix that the next one repeats
+SECONDS_BETWEEN_LINES = 10  # of progress where there is no terminal
 RESAMPLES = 10_000  # of the paired bootstrap: the interval's ends repeat to about 1 % of its width
 ALPHA = 0.05  # of a test that calls a model better or worse
 SUFFIXES = {".safetensors", ".json", ".model", ".txt", ".jinja"}  # of files that decide scores
@@ -450,12 +451,47 @@ def plan_chunks(requests: list["Request"]) -> list[Chunk]:
     return chunks
 
 
+class Progress:
+    """Tokens done, their rate and the time left: a bar on a terminal, else a line every 10 s."""
+
+    def __init__(self, label: str, tokens: int, questions: float, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self.label = label
+        self.tokens = tokens
+        self.questions = questions
+        self.done = 0
+        self.began = time.monotonic()
+        self.printed = self.began
+        no_bar = quiet or not tokens or not sys.stderr.isatty()
+        self.bar = tqdm(total=tokens, desc=label, unit=" tokens", unit_scale=True, disable=no_bar)
+        self.in_lines = no_bar and not quiet
+
+    def advance(self, tokens: int) -> None:
+        """Count new tokens, and show it."""
+        self.done += tokens
+        now = time.monotonic()
+        rate = self.done / max(now - self.began, 1e-9)
+        questions = f"{self.questions * rate / self.tokens:,.1f} questions/s"
+        self.bar.set_postfix_str(questions, refresh=False)
+        self.bar.update(tokens)
+        if self.in_lines and now - self.printed > SECONDS_BETWEEN_LINES:
+            self.printed = now
+            speed = f"{self.done / self.tokens:.0%}, {rate:,.0f} tokens/s, {questions}"
+            left = (self.tokens - self.done) / rate
+            print(f"{self.label}: {speed}, ETA {left:,.0f} s", file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar's line."""
+        self.bar.close()
+
+
 def chunk_folder(out: Path) -> Path:
     """Where the finished chunks of an unfinished run are: beside --out, until run.json is there."""
     return out.resolve().with_name(f".{out.resolve().name}.chunks")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChunkStore:
     """Scores requests chunk by chunk and keeps each chunk's scores in a file.
 
@@ -468,6 +504,7 @@ class ChunkStore:
     fingerprint: str  # sha256 of the model's files and of the settings
     rank: int
     world_size: int
+    label: str = ""  # heads the progress
 
     def score(self, lm: "PrefixLM", requests: list["Request"]) -> list[tuple[float, bool]]:
         """Score sorted requests: (log-likelihood, whether greedy decoding gives the answer)."""
@@ -478,9 +515,13 @@ class ChunkStore:
         own = range(self.rank, len(chunks), self.world_size)
         todo = [number for number in own if self.read(files[number], parts[number]) is None]
         tokens = sum(chunks[number].tokens for number in todo)
-        progress = lm.start_progress(requests, tokens)
+        share = tokens / max(sum(chunk.tokens for chunk in chunks), 1)
+        questions = len({(request.task, request.question) for request in requests})
+        progress = Progress(
+            label=self.label, tokens=tokens, questions=questions * share, quiet=self.rank > 0
+        )
         for number in todo:
-            scores = lm.score_part(parts[number], progress)
+            scores = lm.score_part(parts[number], progress.advance)
             self.check(lm, parts[number], scores)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(files[number], json.dumps(scores) + "\n")
@@ -544,7 +585,7 @@ def score_model(
     about["path"] = "stock" if lm.why_stock else "prefix"
     results = []
     for benchmark, group in itertools.groupby(tasks.items(), lambda item: item[1][0].split("/")[0]):
-        lm.label = f"{labels([model])[model]} on {benchmark}"
+        lm.store.label = f"{labels([model])[model]} on {benchmark}"
         if not args.rank:
             print(f"scoring {model} on {benchmark}", file=sys.stderr, flush=True)
         found = score_benchmark(lm, dict(group), args)

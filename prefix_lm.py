@@ -20,13 +20,13 @@ model, `prefix`, which is the default and takes what `hf` takes; the first line 
     cd demo && python ../prefix_lm.py --tasks world.yaml --model_args pretrained=base_model
     python prefix_lm.py --tasks mmlu --num_fewshot 5 --model_args pretrained=NAME --device cuda
 
-Prompts, examples and metrics stay the harness's, and in float32 the log-likelihoods agree within
-rounding. In 16 bit they are closer to float32's than the harness's, which rounds its softmax; give
-`hf` softmax_dtype=float32 to compare. A model that cannot be served so (sliding windows, recurrent
-state, ...) is scored by the harness's own forward pass, and it says why; --model_args stock=True
-asks for that. Text is generated as by `hf`. Other settings: pack=N, new tokens in a forward pass.
-Memory: the model, one pack, and one path of the trie. Only safetensors are loaded, unless
-use_safetensors=False. --use_cache is written when all requests are scored.
+Prompts, examples and metrics stay the harness's, and so does text that a task has generated. In
+float32 the log-likelihoods are those of `hf` but for rounding; in 16 bit, too, the softmax is
+float32's, as that of `hf` is with softmax_dtype=float32. A model that cannot be served so (sliding
+windows, recurrent state, ...) is scored by the harness's own forward pass, and it says why;
+stock=True among the --model_args asks for that. pack=N sets the new tokens of a forward pass. Only
+safetensors are loaded, unless use_safetensors=False. A --config names its own model: `model:
+prefix`. Memory: the model, one pack, one path of the trie, and the token ids of all requests.
 """
 
 import functools
@@ -34,7 +34,6 @@ import inspect
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,6 @@ NEEDED = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"}
 TRIAL_LENGTH = 64  # longest request of the trial, in tokens
 EXACT = 1e-3  # how far the trial may be off: natural log, sums of float32
 ROUNDED = 0.5  # the same, of weights in 16 bit or fewer
-SECONDS_BETWEEN_LINES = 10
 
 Score = tuple[float, bool]  # log-likelihood of an answer, whether greedy decoding gives it
 
@@ -108,10 +106,13 @@ def make_request(
 ) -> Request:
     """Build a request whose input has at most `max_length` tokens; ids may be lists or arrays.
 
-    Raises ScoringError where an answer is empty or longer than the model.
+    Raises ScoringError where a context or an answer is empty, or an answer longer than the model.
     """
+    place = f"{task}, question {question}"
+    if len(context) == 0:
+        raise ScoringError(f"{place}: a context without a token")
     if not 0 < len(answer) <= max_length:
-        raise ScoringError(f"{task}, question {question}: an answer of {len(answer)} tokens")
+        raise ScoringError(f"{place}: an answer of {len(answer)} tokens, not 1 to {max_length}")
     whole = np.concatenate([context, answer]).astype(np.int32)
     size = len(context)
     return Request(
@@ -203,22 +204,13 @@ class CachedPath:
         self.cache = DynamicCache()
         self.nodes = np.zeros(0, np.int64)
 
-    def keep(self, positions: np.ndarray) -> None:
+    def keep(self, positions: np.ndarray | slice) -> None:
         """Keep these positions of every layer's keys and values [1, heads, positions, size]."""
         self.nodes = self.nodes[positions]
         for layer in self.cache.layers:
             if getattr(layer, "keys", None) is not None:  # else it has no cache of its own
-                kept = torch.from_numpy(positions).to(layer.keys.device)
-                layer.keys = layer.keys[:, :, kept]
-                layer.values = layer.values[:, :, kept]
-
-    def drop_unfinished(self) -> None:
-        """Drop what some layers have of a pack that failed in a later one."""
-        size = len(self.nodes)
-        for layer in self.cache.layers:
-            if getattr(layer, "keys", None) is not None:
-                layer.keys = layer.keys[:, :, :size]
-                layer.values = layer.values[:, :, :size]
+                layer.keys = layer.keys[:, :, positions]
+                layer.values = layer.values[:, :, positions]
 
 
 class PrefixScorer:
@@ -271,7 +263,7 @@ class PrefixScorer:
                 raise
 
         # not in the handler: until it ends, the error holds on to what filled the memory
-        path.drop_unfinished()
+        path.keep(slice(0, len(path.nodes)))  # layers before the one that failed have grown
         self.pack //= 2
         torch.cuda.empty_cache()
         print(f"out of memory: packs of {self.pack} tokens from here", file=sys.stderr)
@@ -397,57 +389,14 @@ def try_both_ways(lm: "PrefixLM") -> str:
         return f"it does not serve shared prefixes ({type(error).__name__}: {fault})"
 
     theirs = lm.score_stock(requests, override_bs=len(requests))
-    difference = 0.0
-    for mine, other in zip(ours, theirs, strict=True):
-        difference = max(difference, abs(mine[0] - other[0]))
-    exact = lm.model.get_input_embeddings().weight.dtype == torch.float32
-    if exact and not getattr(lm.model, "is_quantized", False):
+    difference = max(abs(a - b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
+    allowed = ROUNDED
+    dtype = lm.model.get_input_embeddings().weight.dtype
+    if dtype == torch.float32 and not getattr(lm.model, "is_quantized", False):
         allowed = EXACT
-    else:
-        allowed = ROUNDED
     if difference > allowed:
         return f"its results differ by {difference:.2g}"
     return ""
-
-
-# --- progress -------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Tokens done, their rate and the time left: a bar on a terminal, else a line every 10 s."""
-
-    def __init__(self, label: str, tokens: int, questions: float, quiet: bool = False) -> None:
-        self.label = label
-        self.tokens = tokens
-        self.questions = questions
-        self.quiet = quiet
-        self.done = 0
-        self.began = time.monotonic()
-        self.printed = self.began
-        no_bar = quiet or not sys.stderr.isatty()
-        self.bar = tqdm(total=tokens, desc=label, unit=" tokens", unit_scale=True, disable=no_bar)
-
-    def advance(self, tokens: int) -> None:
-        """Count new tokens, and show it."""
-        self.done += tokens
-        now = time.monotonic()
-        rate = self.done / max(now - self.began, 1e-9)
-        questions = f"{self.questions / self.tokens * rate:,.1f} questions/s"
-        self.bar.set_postfix_str(questions, refresh=False)
-        self.bar.update(tokens)
-
-        due = now - self.printed > SECONDS_BETWEEN_LINES
-        if self.quiet or not due or not self.bar.disable:
-            return
-        self.printed = now
-        share = f"{self.done / self.tokens:.0%}"
-        left = (self.tokens - self.done) / rate
-        speed = f"{rate:,.0f} tokens/s, {questions}"
-        print(f"{self.label}: {share}, {speed}, ETA {left:,.0f} s", file=sys.stderr)
-
-    def close(self) -> None:
-        """End the bar's line."""
-        self.bar.close()
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -463,8 +412,7 @@ class PrefixLM(HFLM):
 
     `store`, where it is set, has score(lm, requests), which gets requests sorted by sort_key() and
     returns their scores. It may keep some in files, say; score_part() makes those that are not
-    known. `label` heads the progress. After a call, `truncated` has the (task, question) whose
-    context was cut.
+    known. After a call, `truncated` has the (task, question) whose context was cut.
     """
 
     def __init__(
@@ -476,16 +424,15 @@ class PrefixLM(HFLM):
         quiet: bool = False,
         **settings: Any,
     ) -> None:
-        # the harness's cache errs where one text is split in two ways; its softmax in 16 bit moves
-        # scores
+        # the harness's cache errs where one text is split in two ways
         settings.setdefault("logits_cache", False)
+        # of the harness's own forward pass, to equal ours: rounded to 16 bit it moves scores
         settings.setdefault("softmax_dtype", "float32")
         settings.setdefault("use_safetensors", True)
         self.quantization_config = quantization_config
         self.encoded: dict[str, np.ndarray] = {}
         self.asked: list[Any] = []
         self.truncated: set[tuple[str, int]] = set()
-        self.label = "prefix_lm"
         self.store: Any = None
         super().__init__(pretrained, **settings)
 
@@ -496,7 +443,7 @@ class PrefixLM(HFLM):
             self.scorer = PrefixScorer(self.model, pack or pick_pack_size(self.model))
             self.why_stock = try_both_ways(self)
         if self.why_stock and not self.quiet:
-            name = self.model.name_or_path
+            name = self.config.name_or_path
             print(f"{name}: the harness's own forward pass: {self.why_stock}", file=sys.stderr)
 
     def _create_model(self, *args: Any, **settings: Any) -> None:
@@ -587,17 +534,17 @@ class PrefixLM(HFLM):
             return []
         if self.why_stock:
             return self.score_stock(requests, disable_tqdm=self.quiet)
-        progress = self.start_progress(requests, sum(count_new_tokens(requests)))
-        found = self.scorer.score(requests, progress.advance)
-        progress.close()
-        return found
+        tokens = sum(count_new_tokens(requests))
+        quiet = self.quiet or not self.asked  # rolling requests come a batch at a time
+        with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=quiet) as bar:
+            return self.scorer.score(requests, bar.update)
 
-    def score_part(self, requests: list[Request], progress: Progress) -> list[Score]:
+    def score_part(self, requests: list[Request], advance: Callable[[int], None]) -> list[Score]:
         """Score some of sorted requests, for a store that has the others."""
         if not self.why_stock:
-            return self.scorer.score(requests, progress.advance)
+            return self.scorer.score(requests, advance)
         found = self.score_stock(requests)
-        progress.advance(sum(count_new_tokens(requests)))
+        advance(sum(count_new_tokens(requests)))
         return found
 
     def score_stock(self, requests: list[Request], **settings: Any) -> list[Score]:
@@ -605,12 +552,6 @@ class PrefixLM(HFLM):
         settings.setdefault("disable_tqdm", True)
         raw = [(None, r.context.tolist(), r.answer.tolist()) for r in requests]
         return super()._loglikelihood_tokens(raw, **settings)
-
-    def start_progress(self, requests: list[Request], tokens: int) -> Progress:
-        """Start the progress of requests that need this many new tokens."""
-        questions = {(request.task, request.question) for request in requests}
-        quiet = self.quiet or not self.asked
-        return Progress(self.label, tokens, len(questions), quiet)
 
 
 # --- the command line -----------------------------------------------------------------------------
