@@ -486,12 +486,13 @@ class PrefixLM(HFLM):
 
     def encode_group(self, texts: list[str], options: dict[str, bool]) -> dict[str, np.ndarray]:
         """Encode texts with the tokenizer's options."""
+        options = {**options, "return_attention_mask": False, "return_token_type_ids": False}
         encoded = {}
         distinct = list(dict.fromkeys(texts))
         for start in range(0, len(distinct), ENCODED_AT_ONCE):
             block = distinct[start : start + ENCODED_AT_ONCE]
-            input_ids = self.tokenizer(block, verbose=False, **options)["input_ids"]
-            for text, ids in zip(block, input_ids, strict=True):
+            found = self.tokenizer(block, verbose=False, **options)
+            for text, ids in zip(block, found["input_ids"], strict=True):
                 encoded[text] = np.array(ids, np.int32)
         return encoded
 

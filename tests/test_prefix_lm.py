@@ -5,6 +5,8 @@ folder is the harness's command line and gives the scores of its own model, ques
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -428,12 +430,17 @@ def test_alone_in_a_folder_it_gives_the_scores_of_the_harnesss_own_model(tmp_pat
     assert np.std(values) > 0.1  # questions differ, so that equal numbers mean something
 
 
-def test_beside_evaluate_py_metrics_find_the_package_of_that_name(tmp_path) -> None:
-    flags = ["--tasks", make_metric_task(tmp_path), "--limit", 6, "--device", "cpu"]
-    flags += ["--model_args", f"pretrained={BASE}", "--output_path", tmp_path / "out"]
-    done = run_command(["prefix_lm.py", *flags, "--log_samples"], cwd=ROOT)
+def test_the_docstrings_first_command_runs_and_metrics_find_their_package(tmp_path) -> None:
+    """Beside evaluate.py, whose name is that of the package that loads the second task's metric."""
+    shown = re.search(r"^    cd (\w+) && python (.*)$", prefix_lm.__doc__, re.MULTILINE)
+    command = shlex.split(shown[2])
+    tasks = command.index("--tasks") + 1
+    command[tasks] += f",{make_metric_task(tmp_path)}"
+    command += ["--limit", 6, "--device", "cpu", "--log_samples", "--output_path", tmp_path / "out"]
+    done = run_command(command, cwd=ROOT / shown[1])
     assert done.returncode == 0, done.stderr
     results, samples = read_run(tmp_path / "out")
+    assert set(results) == {"world", "metric"} and len(samples["world"]) == 6
     shares = [v for k, v in results["metric"].items() if k.endswith("share_of_letters,none")]
     assert len(samples["metric"]) == 6 and len(shares) == 1 and 0 <= shares[0] <= 1
 
