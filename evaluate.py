@@ -22,7 +22,6 @@ It scores choices by likelihood; tasks that generate text run at the harness's o
 import argparse
 import csv
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -33,11 +32,12 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from build_dataset import (
     Row,
@@ -69,14 +69,12 @@ from check_contamination import (
     read_jsonl,
 )
 from finetune import NF4
-from merge import read_header
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
-    from transformers import DynamicCache, PreTrainedModel
+
+    from prefix_lm import PrefixLM, Request
 
 SHOTS = {"arc": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa": 0}  # paper, section 4.1
 HEADLINE = {"arc": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa": "mc2"}
@@ -96,33 +94,13 @@ TINY = 0.005  # percent: of a base that prints as 0.00 there is no change in per
 MMLU_SUBJECTS = 57  # the full benchmark; fewer are a partial result
 CHUNK_TOKENS = 65_536  # trie nodes between two points to go on from, and the unit of a process
 CHUNK_SHARE = 200  # a chunk is at least this many times the prefix that the next one repeats
-CPU_PACK = 384  # new tokens of a forward pass; attention is dense within it, so more is slower
-GPU_PACKS = (64, 4096)  # smallest and largest on a GPU; beyond, matrix products gain nothing
-ENCODED_AT_ONCE = 1024  # requests tokenised in one call
+SECONDS_BETWEEN_LINES = 10  # of progress where there is no terminal
 RESAMPLES = 10_000  # of the paired bootstrap: the interval's ends repeat to about 1 % of its width
 ALPHA = 0.05  # of a test that calls a model better or worse
 SUFFIXES = {".safetensors", ".json", ".model", ".txt", ".jinja"}  # of files that decide scores
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAME = "not distinguishable"
 NO_METRIC = {"test_id", "target", "log_likelihoods", "responses"}  # keys of a question's line
-
-
-class Request(NamedTuple):
-    """One thing to score, as token ids (int32): what the model reads, and the answer at its end."""
-
-    ids: "np.ndarray"  # context and answer without its last token, cut from the left if too long
-    answer: "np.ndarray"
-
-
-class Trie(NamedTuple):
-    """The token trie of sorted requests: n nodes in depth-first order, p places to score."""
-
-    tokens: "np.ndarray"  # [n] token id
-    depths: "np.ndarray"  # [n] position in its sequence
-    ends: "np.ndarray"  # [n] the first later node that is not below this one
-    places: "np.ndarray"  # [p] node whose next token is scored, ascending
-    targets: "np.ndarray"  # [p] that token
-    owners: "np.ndarray"  # [p] number of the request
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -197,16 +175,17 @@ def take_rank() -> dict[str, int]:
 
 
 def import_harness() -> None:
-    """Make lm_eval importable: it needs the package `evaluate`, which this script's name hides."""
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    """Import lm_eval, which needs the package `evaluate` that this script's name hides."""
+    import prefix_lm  # while its folder is on the path
+
+    prefix_lm.leave_own_folder()
+    prefix_lm.keep_compiled_templates()
     found = sys.modules.get("evaluate")
     if found and Path(found.__file__ or "").resolve() == Path(__file__).resolve():
         del sys.modules["evaluate"]
     import datasets
     import lm_eval.api.task
     import lm_eval.evaluator
-    import lm_eval.models.huggingface  # noqa: F401
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # two lines of hints for every subject
     lm_eval.api.task.tqdm = lambda rows, **_: rows  # and a bar for each, which has no name
@@ -355,6 +334,7 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
     Every file is hashed, about a second a gigabyte: results are kept apart by what was scored, and
     a folder must still hold what its run.json lists.
     """
+    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoTokenizer
 
     folder, adapter = Path(name), flag == "--adapter"
@@ -372,7 +352,11 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
         if listed.get(Path(path).name, about)["sha256"] != about["sha256"]:
             raise UserError(f"{path} changed after its folder's run.json: make the folder again")
     for path in weights:
-        read_header(path)  # refuses a file that was cut short
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged or was cut short: {first_line(error)}") from None
     if not adapter:
         try:
             AutoConfig.from_pretrained(name)
@@ -395,237 +379,116 @@ def pick_device(args: argparse.Namespace) -> str:
     return check_device(name)
 
 
-def load_model(model: str, files: dict[str, str], args: argparse.Namespace) -> "HFLM":
-    """The harness's model with our forward pass, or without where --stock asks for that."""
+def load_model(model: str, files: dict[str, str], args: argparse.Namespace) -> "PrefixLM":
+    """Load a model that scores by shared prefixes, or as the harness does where --stock asks."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from prefix_lm import PrefixLM
+
     settings = {"peft": args.adapter, "dtype": args.dtype, "load_in_4bit": args.load_in_4bit}
     settings |= {"stock": args.stock, "batch_size": args.batch_size if args.stock else 8}
     packages = [metadata.version(name) for name in ("torch", "transformers", "lm_eval")]
     device = pick_device(args)
     about = json.dumps([settings, packages, device.split(":")[0], sorted(files.items())])
-    settings |= {"sha256": hashlib.sha256(about.encode()).hexdigest(), "device": device}
-    settings |= {"chunks": chunk_folder(args.out), "shard": (args.rank, args.world_size)}
+    nf4 = None
+    if settings.pop("load_in_4bit"):
+        nf4 = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
     try:
-        lm = prefix_lm()(pretrained=model, **settings)
+        lm = PrefixLM(
+            pretrained=model,
+            device=device,
+            quantization_config=nf4,
+            quiet=args.rank > 0,
+            **settings,
+        )
     except Exception as error:  # configurations and weights go wrong in as many ways as code
-        shown = f"--model {model}" + f" with --adapter {args.adapter}" * bool(args.adapter)
+        shown = f"--model {model}"
+        if args.adapter:
+            shown = f"{shown} with --adapter {args.adapter}"
         fault = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{shown} cannot be loaded: {fault}") from None
-    if lm.why_stock and not args.rank:
-        print(f"{model}: the harness's own forward pass: {lm.why_stock}", file=sys.stderr)
+
+    lm.store = ChunkStore(
+        folder=chunk_folder(args.out),
+        fingerprint=hashlib.sha256(about.encode()).hexdigest(),
+        rank=args.rank,
+        world_size=args.world_size,
+    )
     return lm
 
 
-# --- shared prefixes ------------------------------------------------------------------------------
+# --- chunks ---------------------------------------------------------------------------------------
 
 
-def why_stock(lm: "HFLM") -> str:
-    """Why a model cannot be served by shared prefixes; "" where it can.
+@dataclass(frozen=True)
+class Chunk:
+    """Sorted requests that are scored together: those from start to before stop."""
 
-    Needed: full causal attention over a cache that grows, positions and a mask as arguments, and
-    logits at chosen places.
-    """
-    model = lm.model.get_base_model() if lm.peft else lm.model
-    config = lm.model.config.get_text_config()
-    rope = json.dumps(getattr(config, "rope_parameters", None) or {})
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    takes = inspect.signature(model.forward).parameters
-    lacks = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} - set(takes)
-    reasons = {
-        "it is an encoder-decoder": lm.backend != "causal",
-        f"its layers are of the kind {', '.join(sorted(kinds))}": kinds,
-        "its attention sees a sliding window": window and not getattr(config, "layer_types", None),
-        "it keeps a recurrent state": getattr(model, "_is_stateful", False),
-        f"it does not take {', '.join(sorted(lacks))}": lacks,
-        "its positions depend on the sequence's length": "dynamic" in rope or "longrope" in rope,
-        "its attention takes no mask": config._attn_implementation not in ("sdpa", "eager"),
-        "its adapter adds virtual tokens": lm.peft
-        and lm.model.active_peft_config.is_prompt_learning,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    start: int
+    stop: int
+    tokens: int  # nodes of their trie
 
 
-def encode_pairs(lm: "HFLM", pairs: list[tuple[str, str]]) -> Iterator[tuple[Any, Any, Any]]:
-    """(pair, context ids, answer ids) as the harness splits them; each context is encoded once."""
-    import numpy as np
-
-    bos = lm.tokenizer.decode(lm.prefix_token_id)
-    for start in range(0, len(pairs), ENCODED_AT_ONCE):
-        block = pairs[start : start + ENCODED_AT_ONCE]
-        moved = []  # spaces at the end of a context are scored with the answer
-        for context, answer in block:
-            bare = context.rstrip()
-            moved.append((bare, context[len(bare) :] + answer))
-        texts = dict.fromkeys(t for context, answer in moved for t in (context, context + answer))
-        ids: dict[str, np.ndarray] = {}
-        for own, options in ((False, {}), (True, {"add_special_tokens": False})):
-            group = [text for text in texts if text.startswith(bos) == own]
-            encoded = lm.tokenizer(group, verbose=False, **options)["input_ids"] if group else []
-            ids |= {t: np.array(i, np.int32) for t, i in zip(group, encoded, strict=True)}
-        for pair, (context, answer) in zip(block, moved, strict=True):
-            if pair[0]:
-                yield pair, ids[context], ids[context + answer][len(ids[context]) :]
-                continue
-            alone = np.array(lm.tok_encode(answer, add_special_tokens=False), np.int32)
-            first = np.array([lm.prefix_token_id], np.int32)
-            given = len(alone) and alone[0] == first[0]  # the answer brings its own first token
-            yield (pair, alone[:1], alone[1:]) if given else (pair, first, alone)
-
-
-def common_prefix(a: "np.ndarray", b: "np.ndarray") -> int:
-    """Number of leading tokens that two id arrays share."""
-    size = min(len(a), len(b))
-    differs = a[:size] != b[:size]
-    return int(differs.argmax()) if differs.any() else size
-
-
-def plan_chunks(requests: list[Request]) -> list[tuple[int, int, int]]:
-    """(start, stop, trie nodes) of each chunk of sorted requests.
+def plan_chunks(requests: list["Request"]) -> list[Chunk]:
+    """Cut sorted requests into chunks of CHUNK_TOKENS new tokens or more.
 
     Chunks are scored on their own, so each repeats the prefix that it shares with the one before:
-    at most 1 / CHUNK_SHARE of its own nodes, since a cut waits for that.
+    at most 1 / CHUNK_SHARE of its own tokens, since a cut waits for that.
     """
-    chunks, start, nodes, before = [], 0, 0, None
-    for number, request in enumerate(requests):
-        shared = common_prefix(before.ids, request.ids) if before else 0
-        enough = nodes >= max(CHUNK_TOKENS, CHUNK_SHARE * shared, 1)
-        if enough and shared < len(request.ids):  # equal requests stay together
-            chunks.append((start, number, nodes))
-            start, nodes, shared = number, 0, 0
-        nodes += len(request.ids) - shared
-        before = request
-    return [*chunks, (start, len(requests), nodes)] if requests else []
+    from prefix_lm import count_new_tokens
+
+    chunks = []
+    start = 0
+    tokens = 0
+    for number, new in enumerate(count_new_tokens(requests)):
+        size = len(requests[number].input_ids)
+        shared = size - new
+        enough = tokens >= max(CHUNK_TOKENS, CHUNK_SHARE * shared, 1)
+        if enough and new:  # equal requests stay together
+            chunks.append(Chunk(start, number, tokens))
+            start = number
+            tokens = 0
+            new = size
+        tokens += new
+    if requests:
+        chunks.append(Chunk(start, len(requests), tokens))
+    return chunks
 
 
-def build_trie(requests: list[Request]) -> Trie:
-    """The trie of requests sorted by ids; of two with one beginning, the later adds the rest."""
-    import numpy as np
+class Progress:
+    """Tokens done, their rate and the time left: a bar on a terminal, else a line every 10 s."""
 
-    path = np.zeros(max(len(request.ids) for request in requests), np.int64)  # depth -> node
-    count = sum(len(request.ids) for request in requests)
-    tokens, depths, ends = (np.zeros(count, np.int64) for _ in range(3))
-    nodes, before = 0, requests[0].ids[:0]
-    places = []
-    for request in requests:
-        shared, size = common_prefix(before, request.ids), len(request.ids)
-        ends[path[shared : len(before)]] = nodes  # below these, nothing more comes
-        new = slice(nodes, nodes + size - shared)
-        tokens[new], depths[new] = request.ids[shared:], np.arange(shared, size)
-        path[shared:size] = np.arange(new.start, new.stop)
-        places.append(path[size - len(request.answer) : size].copy())
-        nodes, before = new.stop, request.ids
-    ends[path[: len(before)]] = nodes
-    owners = np.repeat(np.arange(len(requests)), [len(request.answer) for request in requests])
-    flat = np.concatenate(places)
-    order = np.argsort(flat, kind="stable")
-    targets = np.concatenate([request.answer for request in requests]).astype(np.int64)
-    return Trie(
-        tokens[:nodes], depths[:nodes], ends[:nodes], flat[order], targets[order], owners[order]
-    )
+    def __init__(self, label: str, tokens: int, questions: float, quiet: bool) -> None:
+        from tqdm import tqdm
 
+        self.label = label
+        self.tokens = tokens
+        self.questions = questions
+        self.done = 0
+        self.began = time.monotonic()
+        self.printed = self.began
+        no_bar = quiet or not tokens or not sys.stderr.isatty()
+        self.bar = tqdm(total=tokens, desc=label, unit=" tokens", unit_scale=True, disable=no_bar)
+        self.in_lines = no_bar and not quiet
 
-def pack_size(model: "PreTrainedModel") -> int:
-    """New tokens of a forward pass: what a third of the GPU's free memory holds."""
-    import torch
+    def advance(self, tokens: int) -> None:
+        """Count new tokens, and show it."""
+        self.done += tokens
+        now = time.monotonic()
+        rate = self.done / max(now - self.began, 1e-9)
+        questions = f"{self.questions * rate / self.tokens:,.1f} questions/s"
+        self.bar.set_postfix_str(questions, refresh=False)
+        self.bar.update(tokens)
+        if self.in_lines and now - self.printed > SECONDS_BETWEEN_LINES:
+            self.printed = now
+            speed = f"{self.done / self.tokens:.0%}, {rate:,.0f} tokens/s, {questions}"
+            left = (self.tokens - self.done) / rate
+            print(f"{self.label}: {speed}, ETA {left:,.0f} s", file=sys.stderr)
 
-    if model.device.type != "cuda":
-        return CPU_PACK
-    config = model.config.get_text_config()
-    wide = 8 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    # bytes of one token: activations in 16 bit, logits in 16 and twice in 32 bit, a row of the mask
-    token = 2 * wide + 10 * config.vocab_size + 4 * (config.max_position_embeddings + GPU_PACKS[1])
-    fits = torch.cuda.mem_get_info(model.device)[0] / 3 / token
-    return 2 ** int(math.log2(min(max(fits, GPU_PACKS[0]), GPU_PACKS[1])))
-
-
-class PrefixScorer:
-    """Log-likelihoods of requests by one pass over their trie, a pack of new tokens at a time.
-
-    A pack is one sequence of batch 1: its tokens in depth-first order, each at the position that
-    it has in its own sequence, and seeing only its ancestors. Of the cache only the path stays
-    that the next pack shares, so memory does not grow with the requests.
-    """
-
-    def __init__(self, model: "PreTrainedModel", pack: int) -> None:
-        self.model, self.pack, self.forwarded = model, pack, 0
-
-    def __call__(
-        self, requests: list[Request], advance: Callable[[int], None] = lambda tokens: None
-    ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding gives the answer) of requests sorted by ids."""
-        import numpy as np
-        import torch
-        from transformers import DynamicCache
-
-        trie, cache, start = build_trie(requests), DynamicCache(), 0
-        held, scores, hits = np.zeros(0, np.int64), [], []  # held: nodes in the cache
-        while start < len(trie.tokens):
-            stop, full = min(start + self.pack, len(trie.tokens)), False
-            try:
-                score, hit = self.forward(trie, start, stop, cache, held)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's has no type
-                full = "memory" in str(error) and self.pack > 8
-                if not full:
-                    raise
-            if full:
-                keep_cache(cache, slice(0, len(held)))  # layers before the failure have grown
-                self.pack //= 2
-                torch.cuda.empty_cache()
-                print(f"out of memory: packs of {self.pack} tokens from here", file=sys.stderr)
-                continue
-            scores.append(score)
-            hits.append(hit)
-            held = np.concatenate([held, np.arange(start, stop)])
-            kept = np.flatnonzero(trie.ends[held] > stop)
-            keep_cache(cache, torch.from_numpy(kept).to(self.model.device))
-            self.forwarded += stop - start
-            advance(stop - start)
-            held, start = held[kept], stop
-        totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-        np.add.at(totals, trie.owners, torch.cat(scores).double().cpu().numpy())
-        np.logical_and.at(greedy, trie.owners, torch.cat(hits).cpu().numpy())
-        return list(zip(totals.tolist(), greedy.tolist(), strict=True))
-
-    def forward(
-        self, trie: Trie, start: int, stop: int, cache: "DynamicCache", held: "np.ndarray"
-    ) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """(log-probability, whether it is the likeliest) of the targets at nodes start to stop."""
-        import numpy as np
-        import torch
-
-        device = self.model.device
-        nodes = np.concatenate([held, np.arange(start, stop)])
-        keys, ends = (torch.from_numpy(a).to(device) for a in (nodes, trie.ends[nodes]))
-        queries = torch.arange(start, stop, device=device)[:, None]
-        dtype = self.model.get_input_embeddings().weight.dtype
-        mask = torch.zeros(stop - start, len(nodes), dtype=dtype, device=device)
-        # a node sees those before it whose subtree it is in: its ancestors, and itself
-        mask.masked_fill_((keys > queries) | (ends <= queries), torch.finfo(dtype).min)
-        first, last = np.searchsorted(trie.places, [start, stop])
-        rows, row = np.unique(trie.places[first:last] - start, return_inverse=True)
-        new = slice(start, stop)
-        with torch.inference_mode():
-            logits = self.model(
-                input_ids=torch.from_numpy(trie.tokens[new]).to(device)[None],
-                position_ids=torch.from_numpy(trie.depths[new]).to(device)[None],
-                attention_mask=mask[None, None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=torch.from_numpy(rows if len(rows) else np.zeros(1, int)).to(device),
-            ).logits[0]
-            # in blocks: float32 logits of a whole pack would be larger than all else
-            total = torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])
-            index, target = (
-                torch.from_numpy(a).to(device) for a in (row, trie.targets[first:last])
-            )
-            return logits[index, target].float() - total[index], logits.argmax(-1)[index] == target
-
-
-def keep_cache(cache: "DynamicCache", kept: "slice | torch.Tensor") -> None:
-    """Keep these positions of a cache's keys and values [1, heads, positions, size]."""
-    for layer in cache.layers:
-        if getattr(layer, "keys", None) is not None:
-            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+    def close(self) -> None:
+        """End the bar's line."""
+        self.bar.close()
 
 
 def chunk_folder(out: Path) -> Path:
@@ -633,165 +496,82 @@ def chunk_folder(out: Path) -> Path:
     return out.resolve().with_name(f".{out.resolve().name}.chunks")
 
 
-def to_request(context: "np.ndarray", answer: "np.ndarray", max_length: int) -> Request:
-    """A request of at most `max_length` tokens of input, cut from the left as the harness does."""
-    import numpy as np
+@dataclass
+class ChunkStore:
+    """Scores requests chunk by chunk and keeps each chunk's scores in a file.
 
-    ids = np.concatenate([context, answer]).astype(np.int32)[-max_length - 1 : -1]
-    return Request(ids, np.asarray(answer, np.int32))
-
-
-def sort_key(request: Request) -> tuple[bytes, bytes]:
-    """Big-endian bytes, which sort as the ids do, and much faster."""
-    return request.ids.astype(">i4").tobytes(), request.answer.astype(">i4").tobytes()
-
-
-def make_requests(lm: "HFLM", raw: list[tuple[Any, Any, Any]]) -> list[Request]:
-    """The requests of (pair, context ids, answer ids); what had to be cut goes to lm.truncated."""
-    for number, (_, context, answer) in enumerate(raw):
-        task, question = lm.place(number)
-        if not 0 < len(answer) <= lm.max_length:
-            raise UserError(f"{task}, question {question}: an answer of {len(answer)} tokens")
-        if len(context) + len(answer) > lm.max_length + 1:
-            lm.truncated.add((task, question))
-    return [to_request(context, answer, lm.max_length) for _, context, answer in raw]
-
-
-def score_in_chunks(lm: "HFLM", raw: list[tuple[Any, Any, Any]]) -> list[tuple[float, bool]]:
-    """(log-likelihood, whether greedy decoding gives the answer) of raw requests, in their order.
-
-    A chunk's file is named by all that decides its numbers: weights, settings, token ids. So any
-    later run can go on from it, and none of another model will. Process `rank` of `world` scores
-    every world-th chunk; the first one waits for the others' files, and they get zeros.
+    A file is named by all that decides its numbers: weights, settings, token ids. So any later run
+    can go on from it, and none of another model will. Process `rank` of `world_size` scores every
+    world_size-th chunk; the first one waits for the others' files, and they get zeros.
     """
-    requests = make_requests(lm, raw)
-    keys = [sort_key(request) for request in requests]
-    order = sorted(range(len(raw)), key=keys.__getitem__)
-    chunks = {}
-    for start, stop, nodes in plan_chunks([requests[number] for number in order]):
-        about = hashlib.sha256(lm.sha256.encode())
-        for number in order[start:stop]:
-            about.update(b"%d %d " % tuple(map(len, keys[number])) + b"".join(keys[number]))
-        chunks[lm.chunks / f"{about.hexdigest()}.json"] = (order[start:stop], nodes)
-    rank, world = lm.shard
-    todo = [path for path in [*chunks][rank::world] if not path.exists()]
-    with progress(lm, raw, sum(chunks[path][1] for path in todo)) as advance:
-        for path in todo:
-            numbers, nodes = chunks[path]
-            if lm.why_stock:
-                found = stock_scores(lm, [raw[number] for number in numbers])
-                advance(nodes)
-            else:
-                found = lm.scorer([requests[number] for number in numbers], advance)
-            for number, (value, _) in zip(numbers, found, strict=True):
-                if not math.isfinite(value):
-                    where = "{}, question {}".format(*lm.place(number))
-                    what = f"a log-likelihood of {value}: its weights or --dtype are at fault"
-                    raise UserError(f"{lm.pretrained}: {where}: {what}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps(found) + "\n")
-    answers = [(0.0, False)] * len(raw)
-    for path, (numbers, _) in chunks.items() if not rank else ():
-        while not path.exists():  # another process is at it; torchrun ends us if it dies
-            time.sleep(0.1)
-        for number, answer in zip(numbers, json.loads(path.read_bytes()), strict=True):
-            answers[number] = tuple(answer)
-    return answers
 
+    folder: Path
+    fingerprint: str  # sha256 of the model's files and of the settings
+    rank: int
+    world_size: int
+    label: str = ""  # heads the progress
 
-def stock_scores(lm: "HFLM", raw: list[tuple[Any, Any, Any]]) -> list[tuple[float, bool]]:
-    """The harness's own forward pass: each request from its beginning, in padded batches."""
-    from lm_eval.models.huggingface import HFLM
+    def score(self, lm: "PrefixLM", requests: list["Request"]) -> list[tuple[float, bool]]:
+        """Score sorted requests: (log-likelihood, whether greedy decoding gives the answer)."""
+        chunks = plan_chunks(requests)
+        parts = [requests[chunk.start : chunk.stop] for chunk in chunks]
+        files = [self.file_of(part) for part in parts]
 
-    return HFLM._loglikelihood_tokens(lm, raw, disable_tqdm=True)
+        own = range(self.rank, len(chunks), self.world_size)
+        todo = [number for number in own if self.read(files[number], parts[number]) is None]
+        tokens = sum(chunks[number].tokens for number in todo)
+        share = tokens / max(sum(chunk.tokens for chunk in chunks), 1)
+        questions = len({(request.task, request.question) for request in requests})
+        progress = Progress(
+            label=self.label, tokens=tokens, questions=questions * share, quiet=self.rank > 0
+        )
+        for number in todo:
+            scores = lm.score_part(parts[number], progress.advance)
+            self.check(lm, parts[number], scores)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(files[number], json.dumps(scores) + "\n")
+        progress.close()
 
+        if self.rank:
+            return [(0.0, False)] * len(requests)
+        found = []
+        for file, part in zip(files, parts, strict=True):
+            while (scores := self.read(file, part)) is None:
+                time.sleep(0.1)  # another process is at it; torchrun ends us if it dies
+            found += scores
+        return found
 
-def trial(lm: "HFLM") -> str:
-    """Why the two ways differ on a few branching requests; "" where they do not."""
-    import torch
+    def file_of(self, requests: list["Request"]) -> Path:
+        """Name the file of a chunk."""
+        from prefix_lm import sort_key
 
-    asked = [(None, [5, 6, 7, 8], [9, 5]), (None, [5, 6, 7, 8], [6]), (None, [5], [7, 7, 8])]
-    try:
-        ours = lm.scorer(sorted((to_request(*ids, 64) for _, *ids in asked), key=sort_key))
-    except Exception as error:  # an argument that it takes and then does not serve
-        return f"it does not serve shared prefixes ({first_line(error)})"
-    pairs = zip(sorted(ours), sorted(stock_scores(lm, asked)), strict=True)
-    off = max(abs(a[0] - b[0]) for a, b in pairs)
-    exact = lm.model.get_input_embeddings().weight.dtype == torch.float32 and not lm.four_bit
-    return f"its results differ by {off:.2g}" if off > (1e-3 if exact else 0.5) else ""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for request in requests:
+            input_ids, answer = sort_key(request)
+            digest.update(b"%d %d " % (len(input_ids), len(answer)))
+            digest.update(input_ids + answer)
+        return self.folder / f"{digest.hexdigest()}.json"
 
+    def read(self, file: Path, requests: list["Request"]) -> list[tuple[float, bool]] | None:
+        """Read a finished chunk's scores; None where the file is missing or is not a chunk's."""
+        try:
+            lines = json.loads(file.read_bytes())
+            scores = [(float(value), bool(greedy)) for value, greedy in lines]
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        if len(scores) != len(requests):
+            return None
+        return scores
 
-@contextmanager
-def progress(lm: "HFLM", raw: list[Any], nodes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, else a line every 10 s; yields advance(tokens forwarded)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    began, printed, done = time.monotonic(), time.monotonic(), 0
-    questions = len({lm.place(number) for number in range(len(raw))}) / lm.shard[1]
-    with Progress(console=console, disable=not console.is_terminal or bool(lm.shard[0])) as bar:
-        task = bar.add_task(lm.label, total=nodes)
-
-        def advance(tokens: int) -> None:
-            """Count them, and show it."""
-            nonlocal done, printed
-            done, now = done + tokens, time.monotonic()
-            rate = done / max(now - began, 1e-9)
-            speed = f"{rate:,.0f} tokens/s, {questions * rate / nodes:,.1f} questions/s"
-            bar.update(task, completed=done, description=f"{lm.label}: {speed}")
-            if not console.is_terminal and not lm.shard[0] and now - printed > 10:
-                printed = now
-                left = f"ETA {(nodes - done) / rate:,.0f} s"
-                print(f"{lm.label}: {done / nodes:.0%}, {speed}, {left}", file=sys.stderr)
-
-        yield advance
-
-
-def prefix_lm() -> type:
-    """The class PrefixLM(HFLM), made here because its base takes seconds to import."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-    from transformers import BitsAndBytesConfig
-
-    class PrefixLM(HFLM):
-        """lm-evaluation-harness's Hugging Face model; likelihoods of choices by shared prefixes."""
-
-        def __init__(
-            self, chunks: Path, sha256: str = "", shard: tuple[int, int] = (0, 1), **more: Any
-        ) -> None:
-            stock, self.four_bit = more.pop("stock", False), more.pop("load_in_4bit", False)
-            self.chunks, self.sha256, self.shard = chunks, sha256, shard
-            self.label, self.asked, self.truncated = "", [], set()
-            # the cache errs where one text is split in two ways; a bfloat16 softmax moves scores
-            super().__init__(logits_cache=False, softmax_dtype="float32", **more)
-            self.scorer = PrefixScorer(self.model, pack_size(self.model))
-            self.why_stock = "--stock" if stock else why_stock(self) or trial(self)
-
-        def _create_model(self, *args: Any, **more: Any) -> None:
-            if self.four_bit:
-                nf4 = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
-                more["quantization_config"] = nf4
-            super()._create_model(*args, use_safetensors=True, **more)
-
-        def place(self, number: int) -> tuple[str, int]:
-            """(task, number of the question) that a request belongs to."""
-            if number >= len(self.asked):
-                return f"request {number}", -1
-            return self.asked[number].task_name, self.asked[number].doc_id
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            """(log-likelihood, is greedy) of the harness's requests."""
-            self.asked, self.truncated = requests, set()
-            if self.why_stock:
-                return super().loglikelihood(requests, disable_tqdm=True)
-            pairs = [request.args for request in requests]
-            return self._loglikelihood_tokens([*encode_pairs(self, pairs)])
-
-        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[Any]:
-            return score_in_chunks(self, requests)
-
-    return PrefixLM
+    def check(
+        self, lm: "PrefixLM", requests: list["Request"], scores: list[tuple[float, bool]]
+    ) -> None:
+        """Refuse a model whose log-likelihood is no number."""
+        for request, (value, _) in zip(requests, scores, strict=True):
+            if not math.isfinite(value):
+                where = f"{lm.pretrained}: {request.task}, question {request.question}"
+                fault = f"a log-likelihood of {value}: its weights or --dtype are at fault"
+                raise UserError(f"{where}: {fault}")
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -805,11 +585,11 @@ def score_model(
     folder = args.out / folder_name(model)
     about = {"folder": folder.name, "adapter": args.adapter, "load_in_4bit": args.load_in_4bit}
     about["dtype"] = str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    about |= {"sha256": lm.sha256, "max_length": lm.max_length, "files": files}
+    about |= {"sha256": lm.store.fingerprint, "max_length": lm.max_length, "files": files}
     about["path"] = "stock" if lm.why_stock else "prefix"
     results = []
     for benchmark, group in itertools.groupby(tasks.items(), lambda item: item[1][0].split("/")[0]):
-        lm.label = f"{labels([model])[model]} on {benchmark}"
+        lm.store.label = f"{labels([model])[model]} on {benchmark}"
         if not args.rank:
             print(f"scoring {model} on {benchmark}", file=sys.stderr, flush=True)
         found = score_benchmark(lm, dict(group), args)
@@ -821,28 +601,36 @@ def score_model(
 
 
 def score_benchmark(
-    lm: "HFLM", tasks: dict[str, tuple[str, "ConfigurableTask"]], args: argparse.Namespace
+    lm: "PrefixLM", tasks: dict[str, tuple[str, "ConfigurableTask"]], args: argparse.Namespace
 ) -> list[Row]:
     """Run a benchmark's tasks at once: each draws its few-shot examples by a seed of its own."""
     import numpy as np
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    from prefix_lm import ScoringError
+
     lm.get_model_info = dict  # the harness would ask the hub about a local folder, too
-    lm.truncated, began = set(), time.monotonic()
-    with np.errstate(invalid="ignore"):  # of mc2's 0 / 0, which true_share() mends
-        result = simple_evaluate(
-            model=lm,
-            tasks=[task for _, task in tasks.values()],
-            task_manager=TaskManager(include_defaults=False),
-            limit=args.limit,
-            bootstrap_iters=0,
-            fewshot_random_seed=args.seed,
-        )
-    seconds, rows = time.monotonic() - began, []
+    lm.truncated = set()
+    began = time.monotonic()
+    try:
+        with np.errstate(invalid="ignore"):  # of mc2's 0 / 0, which true_share() mends
+            result = simple_evaluate(
+                model=lm,
+                tasks=[task for _, task in tasks.values()],
+                task_manager=TaskManager(include_defaults=False),
+                limit=args.limit,
+                bootstrap_iters=0,
+                fewshot_random_seed=args.seed,
+            )
+    except ScoringError as error:
+        raise UserError(str(error)) from None
+    seconds = time.monotonic() - began
+    rows = []
     for name, (prefix, _) in tasks.items():
         samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
-        row = {"model": lm.pretrained, "sha256": lm.sha256, "task": name, "prefix": prefix}
+        row = {"model": lm.pretrained, "sha256": lm.store.fingerprint}
+        row |= {"task": name, "prefix": prefix}
         row |= {"limit": args.limit, "benchmark_seconds": round(seconds, 2)}
         prompts = "".join(sample["prompt_hash"] for sample in samples)
         row["prompts_sha256"] = hashlib.sha256(prompts.encode()).hexdigest()

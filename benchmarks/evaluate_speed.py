@@ -23,7 +23,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -166,17 +165,33 @@ def requests_of(tasks: list[Any], limit: int | None) -> list[Any]:
     return found
 
 
-def count_tokens(script: Any, lm: Any, instances: list[Any]) -> tuple[int, int]:
+class TokenCounter:
+    """Stands where scores are made: it counts what either way would forward."""
+
+    def __init__(self) -> None:
+        self.stock = 0  # with the harness's cache, each different input once
+        self.nodes = 0  # of the trie
+
+    def score(self, lm: Any, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Count the tokens of sorted requests, and return a zero for each."""
+        from prefix_lm import count_new_tokens, sort_key
+
+        inputs = {sort_key(request)[0] for request in requests}
+        self.stock += sum(len(ids) // 4 for ids in inputs)
+        self.nodes += sum(count_new_tokens(requests))
+        return [(0.0, False)] * len(requests)
+
+
+def count_tokens(lm: Any, instances: list[Any]) -> tuple[int, int]:
     """(tokens that the harness forwards with its cache on, nodes of the trie); no forward pass."""
-    pairs = [instance.args for instance in instances]
-    raw = script.encode_pairs(lm, pairs)
-    requests = [script.to_request(context, answer, lm.max_length) for _, context, answer in raw]
-    requests.sort(key=script.sort_key)
-    stock = sum(len(ids) // 4 for ids in {script.sort_key(request)[0] for request in requests})
-    return stock, sum(nodes for *_, nodes in script.plan_chunks(requests))
+    counter = TokenCounter()
+    lm.store = counter
+    lm.loglikelihood(instances)
+    lm.store = None
+    return counter.stock, counter.nodes
 
 
-def full_suite(script: Any, lm: Any, tasks: dict[str, list[Any]]) -> dict[str, tuple[float, float]]:
+def full_suite(lm: Any, tasks: dict[str, list[Any]]) -> dict[str, tuple[float, float]]:
     """{benchmark: the same two counts for all of its questions}; ARC and HellaSwag from 50 each.
 
     MMLU's prompts are a subject's examples and then the question, so both parts are encoded once;
@@ -187,7 +202,7 @@ def full_suite(script: Any, lm: Any, tasks: dict[str, list[Any]]) -> dict[str, t
         if name != "mmlu":
             limit = 50 if name in ("arc", "hellaswag") else None
             share = FULL[name] / limit if limit else 1
-            stock, nodes = count_tokens(script, lm, requests_of(of, limit))
+            stock, nodes = count_tokens(lm, requests_of(of, limit))
             counts[name] = (stock * share, nodes * share)
             continue
         sums = [0, 0]
@@ -248,7 +263,7 @@ def measure_all(
 ) -> dict[str, dict[str, Any]]:
     """{benchmark: {"harness", "ours": medians; "batch", "questions", "fixed", "difference"}}."""
     cuda = ours.model.device.type == "cuda"
-    scratch, results = ours.chunks, {}
+    results = {}
     for name, of in tasks.items():
         limit = None if name == "mmlu" else QUESTIONS[name] * (GPU_FACTOR if cuda else 1)
         few = 8 if limit is None else max(1, limit // 6)
@@ -257,8 +272,7 @@ def measure_all(
         once = measure(ours, meter, of, 1, cuda)  # what a run costs, however few the questions
         found["fixed"] = once["seconds"] - once["forward"]
         runs: dict[str, list[dict[str, Any]]] = {"harness": [], "ours": []}
-        for repeat in range(repeats):
-            ours.chunks = scratch / f"{name}{repeat}"  # a new folder: it can take nothing from it
+        for _ in range(repeats):
             runs["harness"].append(measure(stock(found["batch"]), meter, of, limit, cuda))
             runs["ours"].append(measure(ours, meter, of, limit, cuda))
         theirs, mine = (runs[way][-1]["answers"] for way in runs)
@@ -319,6 +333,8 @@ def main() -> None:
     script = load_script()
     from lm_eval.models.huggingface import HFLM
 
+    from prefix_lm import PrefixLM
+
     device = script.check_device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu":
         torch.set_num_threads(1)
@@ -333,14 +349,14 @@ def main() -> None:
     model = make_model(args.size, SIZES[args.size][4], device)
     load = time.perf_counter() - began
     common = {"pretrained": model, "tokenizer": tokenizer}
-    ours = script.prefix_lm()(chunks=Path(tempfile.mkdtemp()), **common)
+    ours = PrefixLM(quiet=True, **common)
     assert not ours.why_stock, ours.why_stock
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     head = model.get_output_embeddings().weight.numel() / 1e6 / millions
     print(f"{millions:,.1f} M parameters ({head:.0%} in the head), {model.dtype}, {device}, "
           f"{torch.get_num_threads()} threads; packs of {ours.scorer.pack} tokens")  # fmt: skip
     print(f"task set-up {set_up:.1f} s, model {load:.1f} s: not in the figures below\n", flush=True)
-    counts = full_suite(script, ours, everything)
+    counts = full_suite(ours, everything)
     stock = functools.partial(HFLM, **common)
     meter, theirs = Meter(model), lambda size: stock(batch_size=size)
     results = measure_all(tasks, ours, theirs, meter, args.repeats)

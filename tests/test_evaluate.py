@@ -1,6 +1,6 @@
-"""Holds: shared prefixes give the harness's numbers, for every request, pack size, model and number
-of processes, with no token forwarded twice; a stopped run goes on to the same numbers and takes
-nothing of another model; comparisons are what scipy and a hand compute; bad input is one line."""
+"""Holds: a run gives the harness's numbers, in any chunks and by any number of processes; a stopped
+run goes on to the same numbers and takes nothing of another model; comparisons are what scipy and a
+hand compute; bad input is one line. What shared prefixes give is test_prefix_lm.py's."""
 
 import itertools
 import json
@@ -20,33 +20,24 @@ from conftest import (
     DEMO,
     REAL_DATA,
     ROOT,
-    WORLD,
     assert_refused,
     load_evaluate,
     run_on_terminal,
     run_script,
 )
+from test_prefix_lm import (
+    BASE,
+    SIZES,
+    assert_close,
+    load_prefix_lm,
+    make_metric_task,
+    make_model,
+    random_requests,
+    stock_answers,
+)
 
 evaluate = load_evaluate()
-BASE = ROOT / "demo/base_model"
 WORLD_TASK = ["--tasks", "", "--task", str(ROOT / "demo/world.yaml")]
-SIZES = {"vocab_size": 900, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
-GPT2 = {"vocab_size": 900, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-SERVED = {
-    "grouped-query": ("Llama", {"num_key_value_heads": 2}),
-    "tied": ("Llama", {"tie_word_embeddings": True}),
-    "gpt2": ("GPT2", None),
-    "qwen3": ("Qwen3", {"head_dim": 8}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
-}
-NOT_SERVED = {
-    "a sliding window": ("Mistral", {"sliding_window": 8}),
-    "sliding_attention": ("Gemma2", {"sliding_window": 8, "head_dim": 8}),
-    "depend on the sequence's length": ("Llama", {"rope_parameters": {
-        "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
-    "does not take position_ids": ("Bloom", None),
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -57,60 +48,14 @@ def restored_path():
     sys.path[:] = before
 
 
-# --- models and requests --------------------------------------------------------------------------
+# --- models and runs ------------------------------------------------------------------------------
 
 
-def make_model(
-    folder: Path, kind: str = "Llama", sizes: dict | None = None, scale: float = 8
-) -> Path:
-    """A tiny random model whose attention matters, with the demo's tokenizer."""
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = GPT2 if kind in ("GPT2", "Bloom") else {**SIZES, **(sizes or {})}
-    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=1, eos_token_id=2)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(scale)
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path, chunks: Path, **settings):
-    evaluate.import_harness()
-    settings = {"device": "cpu", "dtype": "float32", "batch_size": 4, **settings}
-    return evaluate.prefix_lm()(pretrained=str(folder), chunks=chunks, **settings)
-
-
-def stock_answers(lm, requests: list) -> list:
-    """The harness's own method on the same object."""
-    from lm_eval.models.huggingface import HFLM
-
-    raw = [(key, list(context), list(answer)) for key, context, answer in requests]
-    return HFLM._loglikelihood_tokens(lm, raw, disable_tqdm=True)
-
-
-def random_requests(rng: random.Random, count: int = 30, longest: int = 75) -> list:
-    """Branching at random depths; some equal, some too long, one-token contexts and answers."""
-
-    def ids(size: int) -> list[int]:
-        return [rng.randrange(3, 900) for _ in range(size)]
-
-    stems = [ids(rng.randrange(1, longest)) for _ in range(4)]
-    requests = []
-    for _ in range(count):
-        context = rng.choice(stems)[: rng.randrange(1, longest)] + ids(rng.choice([0, 0, 1, 9]))
-        for _ in range(rng.randrange(1, 5)):
-            requests.append((None, context, ids(rng.choice([1, 1, 2, 7]))))
-    return requests + rng.sample(requests, 5)
-
-
-def assert_close(ours: list, theirs: list, within: float = 1e-3) -> None:
-    for (a, greedy), (b, expected) in zip(ours, theirs, strict=True):
-        assert abs(a - b) <= within and greedy == expected, (a, b)
+def load(folder: Path, chunks: Path, fingerprint: str = "", **settings):
+    """A model whose finished chunks are files of this folder."""
+    lm = load_prefix_lm(folder, **settings)
+    lm.store = evaluate.ChunkStore(folder=chunks, fingerprint=fingerprint, rank=0, world_size=1)
+    return lm
 
 
 def run(*args: object) -> None:
@@ -130,130 +75,60 @@ def refused(*args: object) -> str:
     return str(error.value)
 
 
-# --- shared prefixes ------------------------------------------------------------------------------
+# --- chunks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_random_requests_score_as_in_the_harness(name: str, tmp_path, monkeypatch) -> None:
-    """Also with chunks of a few tokens: boundaries change nothing."""
-    lm = load(make_model(tmp_path / "model", *SERVED[name]), tmp_path / "chunks")
-    assert lm.why_stock == "" and lm.max_length == 64
-    rng = random.Random(name)
-    for pack in (8, 9, 31, 64, 500, 4096):
-        lm.scorer.pack = pack
-        monkeypatch.setattr(evaluate, "CHUNK_TOKENS", rng.choice([1, 100, 65_536]))
-        monkeypatch.setattr(evaluate, "CHUNK_SHARE", rng.choice([0, 200]))
+@pytest.mark.parametrize("stock", [False, True])
+def test_chunk_boundaries_change_nothing(stock: bool, tmp_path, monkeypatch) -> None:
+    """Of any size; also where the harness's own forward pass scores them."""
+    lm = load(make_model(tmp_path / "model"), tmp_path / "chunks", stock=stock)
+    rng = random.Random(stock)
+    for tokens, share in ((1, 0), (1, 200), (100, 0), (100, 3), (65_536, 200)):
+        monkeypatch.setattr(evaluate, "CHUNK_TOKENS", tokens)
+        monkeypatch.setattr(evaluate, "CHUNK_SHARE", share)
         requests = random_requests(rng)
-        theirs = stock_answers(lm, requests)
-        assert_close(lm._loglikelihood_tokens(requests), theirs, 1e-4)
-        assert any(greedy is False for _, greedy in theirs)
-    assert lm.truncated
+        assert_close(lm._loglikelihood_tokens(requests), stock_answers(lm, requests), 1e-4)
+    assert lm.truncated and len(list((tmp_path / "chunks").iterdir())) > 20
 
 
-def test_greedy_answers_are_known(tmp_path) -> None:
-    lm = load(BASE, tmp_path / "chunks")
-    context = lm.tok_encode("Below is an instruction")
-    best = []
-    for _ in range(4):
-        logits = lm.model(torch.tensor([context + best])).logits[0, -1]
-        best.append(int(logits.argmax()))
-    answers = lm._loglikelihood_tokens([(None, context, best), (None, context, [*best[:3], 5])])
-    assert [greedy for _, greedy in answers] == [True, best[3] == 5]
-
-
-@pytest.mark.parametrize("reason", NOT_SERVED)
-def test_other_models_fall_back_and_say_so(reason: str, tmp_path, capsys) -> None:
-    folder = make_model(tmp_path / "model", *NOT_SERVED[reason])
-    lm = load(folder, tmp_path / "chunks")
-    assert reason in lm.why_stock
-    requests = random_requests(random.Random(reason), longest=40)
-    assert_close(lm._loglikelihood_tokens(requests), stock_answers(lm, requests), 1e-5)
-    if reason == "a sliding window":
-        args = ["--model", folder, *WORLD_TASK, "--limit", "4", "--out", tmp_path / "out"]
-        run(*args)
-        assert reason in capsys.readouterr().err
-        assert (
-            json.loads((tmp_path / "out/results.json").read_text())["models"][str(folder)]["path"]
-            == "stock"
-        )
-
-
-def test_a_model_that_takes_the_arguments_and_errs_is_found_out(tmp_path, monkeypatch) -> None:
-    folder = make_model(tmp_path / "model")
-    forward = evaluate.PrefixScorer.forward
-
-    def wrong(*args):
-        score, hit = forward(*args)
-        return score * 1.01, hit
-
-    monkeypatch.setattr(evaluate.PrefixScorer, "forward", wrong)
-    assert "differ" in load(folder, tmp_path / "chunks").why_stock
-
-
-def test_no_token_is_forwarded_twice(tmp_path, monkeypatch) -> None:
+def test_chunks_repeat_little(tmp_path, monkeypatch) -> None:
     """Counted by the model itself, on real prompts in chunks: at most 1.01 x the trie's nodes."""
     lm = load(BASE, tmp_path / "chunks")
     monkeypatch.setattr(evaluate, "CHUNK_TOKENS", 2000)
-    pairs = [r.args for name in ("arc", "mmlu") for r in harness_requests(name, ROOT / "demo/data")]
-    raw = list(evaluate.encode_pairs(lm, pairs))
+    asked = [r for name in ("arc", "mmlu") for r in harness_requests(name, ROOT / "demo/data")]
     nodes = set()
-    for _, context, answer in raw:
-        ids = tuple(evaluate.to_request(context, answer, lm.max_length).ids.tolist())
+    for request in asked:
+        context, answer = lm._encode_pair(*request.args)
+        ids = tuple([*context, *answer][-lm.max_length - 1 : -1])
         nodes |= {hash(ids[:size]) for size in range(1, len(ids) + 1)}
     seen = []
     lm.model.get_input_embeddings().register_forward_hook(
         lambda m, ids, out: seen.append(ids[0].numel())
     )
-    lm._loglikelihood_tokens(raw)
+    lm.loglikelihood(asked)
     assert len(list((tmp_path / "chunks").iterdir())) > 3
     assert len(nodes) <= sum(seen) <= 1.01 * len(nodes)
-    assert lm.scorer.forwarded - 8 <= sum(seen)  # 8: the trial's
 
 
-def test_encoding_is_the_harnesss(tmp_path) -> None:
-    """Empty contexts, spaces at the end of a context, a text that brings its own BOS."""
-    lm = load(BASE, tmp_path / "chunks")
-    bos = lm.tokenizer.decode(lm.prefix_token_id)
-    pairs = [
-        ("Who is it?", " Ada"),
-        ("Who is it?  ", "Ada"),
-        ("", "Saltmere is a town"),
-        ("x\n\n", "y"),
-    ]
-    pairs += [
-        (f"{bos}Who", " is it"),
-        ("", f"{bos} starts"),
-        ("日本 ", "é"),
-        ("Who is it?", " Ada"),
-    ]
-    for (pair, context, answer), (text, choice) in zip(
-        evaluate.encode_pairs(lm, pairs), pairs, strict=True
-    ):
-        if text:
-            expected = lm._encode_pair(text, choice)
-        else:
-            ids = lm.tok_encode(choice, add_special_tokens=False)
-            own = ids[0] == lm.prefix_token_id
-            expected = (ids[:1], ids[1:]) if own else ([lm.prefix_token_id], ids)
-        assert pair == (text, choice)
-        assert (context.tolist(), answer.tolist()) == tuple(map(list, expected))
-
-
-def test_packs_halve_when_memory_is_short(tmp_path, monkeypatch) -> None:
+def test_a_chunk_that_is_none_is_scored_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "CHUNK_TOKENS", 100)
+    monkeypatch.setattr(evaluate, "CHUNK_SHARE", 0)
     lm = load(make_model(tmp_path / "model"), tmp_path / "chunks")
-    requests = random_requests(random.Random(1))
-    theirs, forward = stock_answers(lm, requests), lm.scorer.forward
+    requests = random_requests(random.Random(5))
+    theirs = lm._loglikelihood_tokens(requests)
+    first, second, third, *others = sorted((tmp_path / "chunks").iterdir())
+    first.write_bytes(first.read_bytes()[:-9])
+    second.write_text("[]")
+    third.write_text("null")
+    assert others and lm._loglikelihood_tokens(requests) == theirs
 
-    def short_of_memory(trie, start, stop, cache, held):
-        found = forward(trie, start, stop, cache, held)  # the cache has grown when it fails
-        if stop - start > 24:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return found
 
-    lm.scorer.pack = 100
-    monkeypatch.setattr(lm.scorer, "forward", short_of_memory)
-    assert_close(lm._loglikelihood_tokens(requests), theirs, 1e-4)
-    assert lm.scorer.pack <= 25
+def test_a_model_that_falls_back_says_so_and_is_marked(tmp_path, capsys) -> None:
+    folder = make_model(tmp_path / "model", "Mistral", {"sliding_window": 8})
+    run("--model", folder, *WORLD_TASK, "--limit", "4", "--out", tmp_path / "out")
+    assert "a sliding window" in capsys.readouterr().err
+    models = json.loads((tmp_path / "out/results.json").read_text())["models"]
+    assert models[str(folder)]["path"] == "stock"
 
 
 def harness_requests(name: str, local: Path, limit: int | None = None) -> list:
@@ -284,41 +159,13 @@ import lm_eval.tasks.squadv2.task  # a harness task that needs the package
     assert done.returncode == 0, done.stderr
 
 
-METRIC = """
-import datasets
-import evaluate
-
-class ShareOfLetters(evaluate.Metric):
-    def _info(self):
-        text = datasets.Value("string")
-        about = dict.fromkeys(["description", "citation", "inputs_description"], "")
-        features = datasets.Features({"predictions": text, "references": text})
-        return evaluate.MetricInfo(**about, features=features)
-
-    def _compute(self, predictions, references):
-        shares = [len(set(p) & set(r)) / len(set(r)) for p, r in zip(predictions, references)]
-        return {"share_of_letters": sum(shares) / len(shares)}
-"""
-
-
 def test_a_task_with_a_hugging_face_metric_runs(tmp_path) -> None:
     """It generates text; the metric is loaded by the package that our script's name hides."""
-    folder = tmp_path / "share_of_letters"
-    folder.mkdir()
-    (folder / "share_of_letters.py").write_text(METRIC)
-    text = (ROOT / "demo/world.yaml").read_text()
-    text = text.replace("world/test.jsonl", str(WORLD / "test.jsonl"))
-    text = text.replace("task: world", "task: letters").replace("multiple_choice", "generate_until")
-    text = text[: text.index("metric_list:")].replace("doc_to_choice: choices\n", "")
-    text = text.replace("doc_to_target: answer", 'doc_to_target: "{{choices[answer]}}"')
-    text += "generation_kwargs:\n  until: ['\\n']\n  max_gen_toks: 4\n"
-    text += f"metric_list:\n  - metric: {folder}\n"
-    text += "    hf_evaluate: true\n    aggregation: mean\n    higher_is_better: true\n"
-    (tmp_path / "letters.yaml").write_text(text)
-    args = ["--model", BASE, "--tasks", "", "--task", tmp_path / "letters.yaml", "--limit", "6"]
+    task = make_metric_task(tmp_path)
+    args = ["--model", BASE, "--tasks", "", "--task", task, "--limit", "6"]
     done = run_script("evaluate", *args, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    file = tmp_path / "out" / evaluate.folder_name(str(BASE)) / "letters.json"
+    file = tmp_path / "out" / evaluate.folder_name(str(BASE)) / "metric.json"
     questions = json.loads(file.read_text())["questions"]
     assert len(questions) == 6 and all(isinstance(q["responses"][0], str) for q in questions)
     metric = [key for key in questions[0] if key not in evaluate.NO_METRIC]
@@ -552,12 +399,12 @@ def test_killed_at_ten_moments_the_numbers_are_the_same(tmp_path) -> None:
 
 def test_nothing_is_scored_twice_and_nothing_of_another_model_is_taken(tmp_path) -> None:
     requests = random_requests(random.Random(3), longest=40)
-    first = load(make_model(tmp_path / "a"), tmp_path / "chunks", sha256="a")
+    first = load(make_model(tmp_path / "a"), tmp_path / "chunks", "a")
     theirs = first._loglikelihood_tokens(requests)
-    again = load(tmp_path / "a", tmp_path / "chunks", sha256="a")
+    again = load(tmp_path / "a", tmp_path / "chunks", "a")
     again.scorer = None  # it must not be needed
     assert again._loglikelihood_tokens(requests) == theirs
-    other = load(make_model(tmp_path / "b", scale=2), tmp_path / "chunks", sha256="b")
+    other = load(make_model(tmp_path / "b", scale=2), tmp_path / "chunks", "b")
     assert other._loglikelihood_tokens(requests) != theirs
     assert_close(other._loglikelihood_tokens(requests), stock_answers(other, requests), 1e-4)
 
@@ -569,7 +416,8 @@ def test_what_tells_models_apart(tmp_path) -> None:
     def key(*flags: str) -> str:
         args = evaluate.parse_args(["--model", str(model), "--tasks", "arc", *flags])
         vars(args).update(evaluate.take_rank())
-        return evaluate.load_model(str(model), evaluate.check_models(args)[str(model)], args).sha256
+        files = evaluate.check_models(args)[str(model)]
+        return evaluate.load_model(str(model), files, args).store.fingerprint
 
     keys = [key(), key("--dtype", "bfloat16"), key("--stock"), key("--stock", "--batch-size", "2")]
     file = model / "tokenizer_config.json"
@@ -584,13 +432,15 @@ IN_SMALL_CHUNKS = """
 import os, sys
 from conftest import load_evaluate
 evaluate = load_evaluate()
-evaluate.CHUNK_TOKENS, rank, scored = 1500, os.environ.get("RANK"), evaluate.PrefixScorer.__call__
+evaluate.CHUNK_TOKENS = 1500
+import prefix_lm
+rank, score = os.environ.get("RANK"), prefix_lm.PrefixScorer.score
 
-def call(self, *rest):
+def count(self, *rest):
     print("chunk by", rank, file=sys.stderr)
-    return scored(self, *rest)
+    return score(self, *rest)
 
-evaluate.PrefixScorer.__call__ = call
+prefix_lm.PrefixScorer.score = count
 sys.argv[0] = "evaluate.py"
 evaluate.run_main(evaluate.main)
 """
@@ -628,19 +478,20 @@ def test_resume(tmp_path, capsys) -> None:
 
 def test_progress_tells_rate_and_time_left(monkeypatch, capsys) -> None:
     """A line at most every 10 s where there is no terminal; one process of several speaks."""
-    from types import SimpleNamespace
-
     said = []
-    for rank, step in ((0, 6), (1, 6), (0, 0)):  # the last: no time goes by
+    for quiet, step in ((False, 6), (True, 6), (False, 0)):  # the last: no time goes by
         clock = itertools.count(0, step)
         monkeypatch.setattr(evaluate.time, "monotonic", lambda clock=clock: next(clock))
-        lm = SimpleNamespace(label="m on arc", place=lambda n: ("arc", n // 4), shard=(rank, 2))
-        with evaluate.progress(lm, [None] * 40, 400) as advance:
-            for _ in range(4):
-                advance(50)
+        progress = evaluate.Progress(label="m on arc", tokens=400, questions=10, quiet=quiet)
+        for _ in range(4):
+            progress.advance(50)
+        progress.close()
         said.append(capsys.readouterr().err.splitlines())
-    assert said[0] and not said[1] and not said[2]
-    assert said[0][0].startswith("m on arc: ") and "questions/s, ETA" in said[0][0]
+    assert said[0] == [
+        "m on arc: 25%, 8 tokens/s, 0.2 questions/s, ETA 36 s",
+        "m on arc: 50%, 8 tokens/s, 0.2 questions/s, ETA 24 s",
+    ]
+    assert not said[1] and not said[2]
 
 
 def test_a_terminal_gets_our_bars_alone(tmp_path) -> None:
@@ -649,7 +500,8 @@ def test_a_terminal_gets_our_bars_alone(tmp_path) -> None:
     code, shown = run_on_terminal("evaluate", "--model", BASE, *flags)
     assert code == 0 and "questions/s" in shown
     bars = [line for line in re.split(r"[\r\n]+", shown) if "%|" in line]
-    assert all("Loading weights" in line for line in bars), bars
+    labels = ("Loading weights", "base_model on mmlu", "base_model on hellaswag")
+    assert all(any(label in line for label in labels) for line in bars), bars
 
 
 # --- comparison -----------------------------------------------------------------------------------
