@@ -20,6 +20,7 @@ from conftest import (
     DEMO,
     REAL_DATA,
     ROOT,
+    WORLD,
     assert_refused,
     load_evaluate,
     run_on_terminal,
