@@ -31,6 +31,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -337,7 +338,8 @@ def wrap(model: "PreTrainedModel", adapters: list[Adapter], base: Base) -> "Peft
     placing = adapters_stay_in_memory() if weightless else nullcontext()
     options = {"torch_device": "cpu", "low_cpu_mem_usage": weightless}
     try:
-        with torch.no_grad(), placing:
+        with torch.no_grad(), placing, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that are missing: check_keys() refuses them
             first = adapters[0]
             model = PeftModel.from_pretrained(model, first.folder, first.name, **options)
             for adapter in adapters[1:]:
@@ -558,6 +560,7 @@ def write_shard(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
         save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
     except SafetensorError as error:  # a full disk
         raise UserError(f"{path}: {error}") from None
+    temporary.chmod(0o644)  # safetensors lets only the owner read it
     shared.sync(temporary)
     os.replace(temporary, path)
 
@@ -887,8 +890,8 @@ def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]
 
     Prints the warnings.
     """
-    warnings = [compare_with_origin(args, base, adapter) for adapter in adapters]
-    warnings.append(check_partner(args))
+    found = [compare_with_origin(args, base, adapter) for adapter in adapters]
+    found.append(check_partner(args))
     described = []
     for adapter in adapters:
         known = describe_training(adapter)
@@ -896,9 +899,9 @@ def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]
         rows = known.get("flagged_rows", "an unknown number of")
         if rows:
             what = f"{rows} rows that are flagged as leaks"
-            warnings.append(f"{adapter.folder} was trained on {what}")
-    warnings = [warning for warning in warnings if warning]
-    for warning in warnings:
+            found.append(f"{adapter.folder} was trained on {what}")
+    found = [warning for warning in found if warning]
+    for warning in found:
         print(f"warning: {warning}", file=sys.stderr)
 
     before = read_known(base.folder / "run.json", "lineage", list)
@@ -908,7 +911,7 @@ def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]
     return {
         "base_model": args.base_model,
         "adapters": described,
-        "warnings": warnings,
+        "warnings": found,
         "lineage": lineage,
     }
 
