@@ -18,7 +18,6 @@ import argparse
 import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -34,7 +33,7 @@ import tomllib
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import metadata, util
@@ -43,6 +42,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import numpy as np
+    from datasets import Dataset
 
 Row = dict[str, Any]
 FIELDS = ("instruction", "input", "output")
@@ -58,8 +58,6 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 CHUNK = 256  # texts embedded between two commits of the cache: a kill loses at most these
 BLOCK, BLOCK_COLUMNS = 1024, 8192  # one block of cosines: 1,024 x 8,192 x 4 bytes = 32 MB
 UNFINISHED = ".unfinished"  # in an output folder from its first write until run.json stands there
-STANDING: dict[Path, dict[Path, tuple[int, ...]]] = {}  # by output_folder(): what was there
-INPUTS: dict[str, tuple[int, ...]] = {}  # by describe_inputs(): a file's state before its hash
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 PACKAGES = ("torch", "transformers", "peft", "datasets", "sentence-transformers", "lm_eval")
 
@@ -72,48 +70,54 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(); a user's mistake becomes one line on stderr and exit code 2."""
+    """Run a script's main(); a user's mistake becomes one line on stderr and exit code 2.
+
+    Where nobody reads stdout any more, as after `| head -1`, it ends without a word, with the exit
+    code that a shell gives to SIGPIPE. A step prints to stdout only after its files are whole.
+    """
     try:
-        if not sys.stderr.isatty():  # libraries' bars would fill a log file
-            os.environ.setdefault("TQDM_DISABLE", "1")
-        for counted in {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}.items():
-            os.environ.setdefault(*counted)  # no library reports what is used
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor every retry
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor which kernels it lacks
-        warnings.simplefilter("ignore", FutureWarning)  # nor what is for its developers
-        outlive_readers()
+        code = exit_code(main)
+        print(end="", flush=True)  # here, where it can be caught, and not at the interpreter's end
+    except BrokenPipeError:
+        os._exit(141)
+    if code:
+        sys.exit(code)
+
+
+def exit_code(main: Callable[[], None]) -> Any:
+    """Run a script's main() and say on stderr what stopped it; the code to end with, 0 or None."""
+    try:
+        silence_libraries()
         main()
+        return 0
+    except SystemExit as end:
+        return end.code
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
-        what = "interrupted: the same command goes on with what is unfinished, or begins again"
-        sys.exit(print(what, file=sys.stderr) or 130)
+        fault = "interrupted: the same command goes on with what is unfinished, or begins again"
+        print(fault, file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         mend = "run source .venv/bin/activate (bash demo.sh makes it) and the command again"
-        sys.exit(print(f"error: no package {error.name} here: {mend}", file=sys.stderr) or 2)
-    except (UserError, OSError, sqlite3.Error) as error:  # the latter two: a full disk, no rights
-        place, fault = getattr(error, "filename", None), getattr(error, "strerror", None)
-        text = f"{place}: {fault}" if place and fault else error
-        sys.exit(print(f"error: {one_line(text)}", file=sys.stderr) or 2)
+        print(f"error: no package {error.name} here: {mend}", file=sys.stderr)
+    except OSError as error:  # a full disk, no rights
+        text = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"error: {one_line(text)}", file=sys.stderr)
+    except (UserError, sqlite3.Error) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    return 2
 
 
-def outlive_readers() -> None:
-    """Go on with the work when nobody reads stdout or stderr any more, as after `| head -1`."""
-
-    class Stream(io.FileIO):
-        """What is written is lost once the reader has gone."""
-
-        def write(self, data: Any) -> int:
-            """Write, or act as if."""
-            try:
-                return super().write(data)
-            except BrokenPipeError:
-                return len(data)
-
-    for name in ("stdout", "stderr"):
-        old = getattr(sys, name)
-        if old and old is getattr(sys, f"__{name}__"):  # not one that a test put there
-            raw = io.BufferedWriter(Stream(old.fileno(), "w", closefd=False))
-            how = {"encoding": old.encoding, "errors": old.errors}
-            setattr(sys, name, io.TextIOWrapper(raw, **how, line_buffering=old.line_buffering))
+def silence_libraries() -> None:
+    """Turn off what libraries report to their makers, or print for their own developers."""
+    if not sys.stderr.isatty():  # bars would fill a log file
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every retry
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it lacks
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def sibling(folder: Path, name: str = "") -> str:
@@ -345,66 +349,88 @@ def output_folder(
                 raise BlockingIOError  # its holder finished in between: this is no longer the mark
         except (BlockingIOError, FileNotFoundError):
             raise UserError(f"another process is writing to {out}: wait for it") from None
+
         mark.truncate(0)
         print(command_line() + mend, file=mark, flush=True)
-        for name in () if keep_run else ("run.json", "apply.json"):
-            old = out / name
-            with suppress(OSError, ValueError, LookupError, TypeError):  # absent, or edited by hand
-                for output, about in json.loads(old.read_bytes())["outputs"].items():
-                    # what a finished run wrote must not outlive it; what somebody changed, must
-                    inside = (out / output).resolve().is_relative_to(out.resolve())
-                    if inside and sha256_of(out / output) == about["sha256"]:
-                        (out / output).unlink()
-            old.unlink(missing_ok=True)
+        if not keep_run:
+            remove_outputs(out)
         for left in out.glob(".*.tmp"):  # by a process of ours that was killed
             left.unlink()
-        STANDING[out] = {path: file_state(path) for path in out.rglob("*")}
+
         yield
         (out / UNFINISHED).unlink()
 
 
-def describe(path: Path, hashes: dict[Path, str] | None = None) -> dict[str, Any]:
-    """The sha256 of a file, unless `hashes` has it, and, where it is .jsonl, its rows."""
-    rows = {"rows": path.read_bytes().count(b"\n")} if path.suffix == ".jsonl" else {}
-    return {"sha256": (hashes or {}).get(path) or sha256_of(path), **rows}
+def remove_outputs(out: Path) -> None:
+    """Remove the files that a finished step lists as its outputs, then what lists them.
 
-
-def describe_inputs(paths: list[Path], hashes: dict[Path, str] | None = None) -> dict[str, Row]:
-    """What run.json says of its inputs; to be asked before they are read."""
-    INPUTS.update({str(path): file_state(path) for path in paths})
-    with ThreadPoolExecutor() as threads:  # a core hashes 1 to 2 GB a second, and models have more
-        found = threads.map(lambda path: describe(path, hashes), paths)
-    return dict(zip(map(str, paths), found, strict=True))
-
-
-def check_unchanged(inputs: dict[str, dict[str, Any]]) -> None:
-    """Refuse inputs that changed since describe_inputs(): nobody knows what was read of them.
-
-    Only a file whose size, time or inode is another one is hashed again: models are large.
+    Else a shard or a model's scores of the former run would be loaded beside the new ones.
     """
-    for path, about in inputs.items():
-        now = file_state(Path(path))
-        if now != INPUTS[path] and not (now and describe(Path(path)) == about):
-            raise UserError(f"{path} changed while it was read: run the command again")
+    for record in (out / "run.json", out / "apply.json"):
+        listed = read_object(record).get("outputs")
+        if isinstance(listed, dict):
+            for name in listed:
+                if is_own_file(out, name):
+                    (out / name).unlink()
+        record.unlink(missing_ok=True)
+
+
+def is_own_file(out: Path, name: str) -> bool:
+    """Whether a listed name is a file within `out` that may be removed; a list may be forged.
+
+    No absolute and no hidden name, "..", or way out by a link; and never the verdicts.
+    """
+    parts = Path(name).parts
+    if Path(name).is_absolute() or any(part.startswith(".") for part in parts):
+        return False
+    if Path(name).name.lower() == "decisions.jsonl" or not os.path.isfile(out / name):
+        return False
+    return (out / name).resolve().is_relative_to(out.resolve())
+
+
+def describe_file(path: Path) -> Row:
+    """The sha256 of a file and, where it is .jsonl, its rows."""
+    about: Row = {"sha256": sha256_of(path)}
+    if path.suffix == ".jsonl":
+        about["rows"] = path.read_bytes().count(b"\n")
+    return about
+
+
+def describe_inputs(paths: Iterable[Path]) -> dict[str, Row]:
+    """{path: {"sha256", and "rows" of .jsonl}}; to be asked once, before the files are read."""
+    files = list(paths)
+    with ThreadPoolExecutor() as threads:  # a core hashes 1 to 2 GB a second, and models have more
+        found = threads.map(describe_file, files)
+    return dict(zip(map(str, files), found, strict=True))
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def finish_run(
     args: argparse.Namespace,
-    inputs: dict[str, dict[str, Any]],
-    start: float,
+    inputs: dict[str, Row],
+    outputs: list[Path],
+    started: float,
     name: str = "run.json",
-    hashes: dict[Path, str] | None = None,
     **more: Any,
 ) -> None:
     """Write run.json (or `name`), the last of a step's files.
 
-    `inputs`: describe_inputs() before they were read; outputs: the files of args.out written since
-    output_folder(); `start`: time.monotonic() at its begin; `hashes`: sha256 already known.
+    inputs: of describe_inputs(); outputs: the files below args.out that the step wrote; started:
+    time.monotonic() at its begin; more: further keys.
     """
-    apart = {UNFINISHED, "run.json", "apply.json", "decisions.jsonl"}
-    files = (path for path in args.out.rglob("*") if path.is_file() and path.name not in apart)
-    standing = STANDING.get(args.out, {})  # none: a folder that was new
-    outputs = sorted(path for path in files if file_state(path) != standing.get(path))
+    for path in [*outputs, *{path.parent for path in outputs}]:
+        sync(path)  # a power cut must not leave a run.json beside files that are empty or gone
+    described = describe_inputs(outputs)
+    listed = {str(path.relative_to(args.out)): described[str(path)] for path in outputs}
+
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     installed = [p for p in PACKAGES if util.find_spec(p.replace("-", "_"))]
     run = {
@@ -417,23 +443,13 @@ def finish_run(
         "python": sys.version.split()[0],
         "packages": {package: metadata.version(package) for package in installed},
         "inputs": inputs,
-        "outputs": {str(path.relative_to(args.out)): describe(path, hashes) for path in outputs},
+        "outputs": listed,
         **more,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds": round(time.monotonic() - started, 1),
     }
-    text = json.dumps(run | {"sha256": ""}, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_file(args.out / name, sealed(text.encode("utf-8", "backslashreplace")))
-
-
-def sealed(text: bytes) -> bytes:
-    """A run.json's text whose last value is the sha256 of all before it; itself if unchanged.
-
-    >>> sealed(b'{"step": "x", "sha256": ""}\\n')[:36]
-    b'{"step": "x", "sha256": "32280f44bd5'
-    """
-    head = text.rpartition(b'"sha256": "')[0] + b'"sha256": "'
-    return head + hashlib.sha256(head).hexdigest().encode() + b'"\n}\n'
+    text = json.dumps(run, indent=2, ensure_ascii=False, default=str)
+    write_file(args.out / name, text + "\n")
 
 
 # --- shared by steps 1 and 2: embeddings, cosines -----------------------------------------------
@@ -760,22 +776,54 @@ def raw_rows(
         yield from hub_rows(name, test, **about["hub"])
 
 
-def hub_rows(
-    name: str, test: bool, names: tuple[str | None, ...] = (None,), **load: Any
-) -> Iterator[tuple[str, Any, str]]:
+def hub_calls(hub: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Turn a source's `hub` into (place, arguments of load_dataset): one call per file of a list.
+
+    >>> hub_calls({"path": "json", "folder": "https://x.org/", "data_files": ["a.json"]})
+    [('a.json', {'path': 'json', 'data_files': 'https://x.org/a.json'})]
+    """
+    load = dict(hub)
+    load.pop("split", None)  # load_dataset would return that split alone
+    names = load.pop("names", [])
+    folder = load.pop("folder", "")
+    files = load.get("data_files")
+    if isinstance(files, list):
+        return [(file, {**load, "data_files": folder + file}) for file in files]
+    if names:
+        return [(config, {**load, "name": config}) for config in names]
+    return [(load["path"], load)]
+
+
+def hub_rows(name: str, test: bool, **hub: Any) -> Iterator[tuple[str, Any, str]]:
     """Yield (place, raw row, "") of a source on the hub: its training split, with `test` all."""
     from datasets import load_dataset
 
-    for config in names:
+    training = hub.get("split", "train")
+    for place, load in hub_calls(hub):
+        address = load["data_files"] if load["path"] == "json" else load["path"]
         try:
-            splits = load_dataset(name=config, revision=None, **load)
+            splits = load_dataset(**load)
         except Exception as error:  # no network, no such id, gated: each needs the same hints
             mend = f"put its files in DIR/{name}/ and give --local DIR"
-            place = str(load.get("data_files", load["path"])).strip("[']")
-            raise UserError(f"source {name}: {hub_fault(place, error)}, or {mend}") from None
-        for split in splits if test else ["train"]:
-            for index, raw in enumerate(splits[split]):
-                yield f"{config or load['path']}/{split}:{index}", raw, ""
+            raise UserError(f"source {name}: {hub_fault(address, error)}, or {mend}") from None
+
+        if not test and training not in splits:
+            there = ", ".join(splits)
+            fault = f"{address} has no split {training}, only {there}"
+            raise UserError(f"source {name}: {fault}: name one as `split` in {SOURCES.name}")
+        for split in splits if test else [training]:
+            for index, raw in enumerate(without_decoding(splits[split])):
+                yield f"{place}/{split}:{index}", raw, ""
+
+
+def without_decoding(rows: "Dataset") -> "Dataset":
+    """Leave images as the bytes that they are: rules ask only whether there is one."""
+    from datasets import Image
+
+    for column, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(column, Image(decode=False))
+    return rows
 
 
 def to_row(raw: Any, about: dict[str, Any], args: argparse.Namespace) -> tuple[Row, set[str]]:
@@ -830,7 +878,32 @@ def read_source(name: str, args: argparse.Namespace) -> tuple[list[Row], list[Ro
         came = ", ".join(raw) if isinstance(raw, dict) else "no object"
         what = f"no row of {len(dropped)} converts, the last, {place}: {detail}; came: {came}"
         raise UserError(f"source {name}: {what}")
-    check_unchanged(inputs)
+    return rows, dropped, inputs
+
+
+def read_sources(
+    names: list[str], args: argparse.Namespace
+) -> tuple[list[Row], list[Row], dict[str, Row]]:
+    """All sources' (rows, dropped rows, inputs). Every source is tried before the faults are told.
+
+    Raises the last source's UserError, once those of the others are on stderr, one line each.
+    """
+    rows, dropped, faults = [], [], []
+    inputs = describe_inputs([SOURCES])
+    for name in names:
+        try:
+            good, bad, files = read_source(name, args)
+        except UserError as error:
+            faults.append(error)
+            continue
+        rows += good
+        dropped += bad
+        inputs |= files
+
+    for fault in faults[:-1]:
+        print(f"error: {one_line(fault)}", file=sys.stderr)
+    if faults:
+        raise faults[-1]
     return rows, dropped, inputs
 
 
@@ -974,6 +1047,15 @@ def funnel(rows: list[Row], dropped: list[Row], names: list[str]) -> list[Row]:
     return table
 
 
+def write_rows(out: Path, rows: list[Row], dropped: list[Row]) -> list[Path]:
+    """Write both files, each in an order of its own content; their paths."""
+    files = {out / "dataset.jsonl": rows, out / "dropped.jsonl": dropped}
+    for path, written in files.items():
+        written.sort(key=lambda row: (row["source"], row["id"]))
+        write_file(path, to_jsonl(written))
+    return list(files)
+
+
 def print_table(rows: list[Row]) -> None:
     """Print rows with the same keys as a Markdown table."""
     from tabulate import tabulate
@@ -994,10 +1076,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_output(args.out, args.overwrite, *map(Path, args.extra.values()))
     names = [*args.sources, *args.extra]
-    rows, dropped, inputs = [], [], describe_inputs([SOURCES])
-    for name in names:
-        good, bad, files = read_source(name, args)
-        rows, dropped, inputs = rows + good, dropped + bad, inputs | files
+    rows, dropped, inputs = read_sources(names, args)
     read = len(rows) + len(dropped)
     add_ids(rows)
     add_ids(dropped)
@@ -1010,11 +1089,10 @@ def main(argv: list[str] | None = None) -> None:
     assert len(rows) + len(dropped) == read, f"{len(rows)} + {len(dropped)} rows of {read}"
     table = funnel(rows, dropped, names)
     with output_folder(args.out, args.overwrite):
-        for name, written in {"dataset.jsonl": rows, "dropped.jsonl": dropped}.items():
-            written.sort(key=lambda row: (row["source"], row["id"]))
-            write_file(args.out / name, to_jsonl(written))
+        outputs = write_rows(args.out, rows, dropped)
         counts = {"read": read, "kept": len(rows), "sources": table, "keywords": keywords}
-        finish_run(args, inputs, started, counts=counts, embedding=embedder.about)
+        more = {"counts": counts, "embedding": embedder.about}
+        finish_run(args, inputs=inputs, outputs=outputs, started=started, **more)
     print_table(table)
     print(f"wrote {args.out}/dataset.jsonl: {len(rows):,} of {read:,} rows. Next:")
     print(next_command(args))

@@ -47,7 +47,6 @@ from build_dataset import (
     UserError,
     add_ids,
     check_output,
-    check_unchanged,
     describe_inputs,
     finish_run,
     first_line,
@@ -784,56 +783,78 @@ def check(args: argparse.Namespace, started: float) -> None:
     files = map(Path, filter(None, [args.dataset, args.against, *args.extra_benchmark.values()]))
     inputs = describe_inputs([*files, *local_inputs(args)])
     rows, questions = read_rows(args.dataset), load_questions(args)
-    check_unchanged(inputs)
     embedder = Embedder(args.embedding_model, args.cache, args.device)
     pairs = find_pairs(rows, questions, embedder, args.cosine_threshold, args.paper)
+    benchmarks = Counter(q.test_id.rpartition("/")[0] for q in questions)
+    counts = {"rows": len(rows), "pairs": len(pairs), "test_questions": benchmarks}
+    more = {"counts": counts, "embedding": embedder.about}
+    outputs = [args.out / "pairs.jsonl"]
     with output_folder(args.out, args.overwrite):
-        write_file(args.out / "pairs.jsonl", to_jsonl(pairs))
-        benchmarks = Counter(q.test_id.rpartition("/")[0] for q in questions)
-        counts = {"rows": len(rows), "pairs": len(pairs), "test_questions": benchmarks}
-        finish_run(args, inputs, started, counts=counts, embedding=embedder.about)
-        apply(args, time.monotonic())
+        write_file(outputs[0], to_jsonl(pairs))
+        finish_run(args, inputs=inputs, outputs=outputs, started=started, **more)
+        report = apply(args, time.monotonic())
+    print(report)
 
 
-def apply(args: argparse.Namespace, started: float) -> None:
-    """Write the clean set: by default a flagged row stays if all its pairs are not-a-leak."""
+def apply(args: argparse.Namespace, started: float) -> str:
+    """Write the clean set and return what to print of it.
+
+    By default a flagged row stays if all its pairs are not-a-leak.
+    """
     run, log = read_run(args.out / "run.json"), args.out / "decisions.jsonl"
     dataset = Path(str(run["settings"].get("dataset", "the data set that run.json names")))
     check_input(dataset, "the data set that was checked")
-    files = [args.out / "pairs.jsonl", args.out / "run.json"]
-    inputs = describe_inputs([dataset, *map(check_listed, files)])
+    pairs_file = check_listed(args.out / "pairs.jsonl")
+    inputs = describe_inputs([dataset, pairs_file, args.out / "run.json"])
     if run["inputs"].get(str(dataset), {}).get("sha256") != inputs[str(dataset)]["sha256"]:
         raise UserError(f"{dataset} changed since it was checked: check it with --overwrite")
-    rows, pairs = read_rows(dataset), read_jsonl(files[0], PAIR)
-    check_unchanged(inputs)
+    rows, pairs = read_rows(dataset), read_jsonl(pairs_file, PAIR)
     digest = sha256_of(log) if log.exists() else None  # before it is read: later verdicts are newer
     decisions = read_decisions(log)
     gone = removed_ids(pairs, decisions, args.remove)
     clean = [row for row in rows if row["id"] not in gone]
     removed = [{**row, "because": gone[row["id"]]} for row in rows if row["id"] in gone]
     tables = leak_tables(rows, pairs, decisions, run.get("counts", {}).get("test_questions", {}))
-    text = "\n\n".join(
-        markdown_table(list(table[0]), [list(line.values()) for line in table])
-        for table in tables.values()
-        if table
-    )
+    text = as_markdown(tables)
     ids = {pair["pair_id"] for pair in pairs}
     undecided, stale = sorted(ids - decisions.keys()), sorted(decisions.keys() - ids)
-    write_file(out := args.out / "clean.jsonl", to_jsonl(clean))
-    write_file(args.out / "removed.jsonl", to_jsonl(removed))
-    write_file(args.out / "table.md", text + "\n")
+    outputs = [args.out / name for name in ("clean.jsonl", "removed.jsonl", "table.md")]
+    write_file(outputs[0], to_jsonl(clean))
+    write_file(outputs[1], to_jsonl(removed))
+    write_file(outputs[2], text + "\n")
     counts = {"clean": len(clean), "removed": len(removed), "undecided_pairs": len(undecided)}
-    known = {"decisions_sha256": digest, "undecided": undecided, "stale": stale, "tables": tables}
-    finish_run(args, inputs, started, name="apply.json", counts=counts, **known)
+    more = {"decisions_sha256": digest, "undecided": undecided, "stale": stale, "tables": tables}
+    more |= {"name": "apply.json", "counts": counts}
+    finish_run(args, inputs=inputs, outputs=outputs, started=started, **more)
+
     review = f"; to review them: {shlex.join(['python', 'tui.py', str(args.out)])}" if pairs else ""
-    print(f"{text}\n\n{len(pairs):,} pairs{review}")
-    for name, found in (("undecided pairs", undecided), ("verdicts of former pairs", stale)):
-        shown = one_line(", ".join(found[:3])) + ", ..." * (len(found) > 3)
-        print(f"{len(found):,} {name} ({shown}; all in apply.json)" if found else f"0 {name}")
-    what = f"wrote {out}: {len(clean):,} of {len(rows):,} rows."
-    print(f"{what} Next (with --base-model, if not Llama-2-13B):")
-    flags = ["--data", str(out), "--out", sibling(args.out, "adapter")]
-    print(f"python finetune.py {shlex.join(flags)}")
+    train = ["--data", str(outputs[0]), "--out", sibling(args.out, "adapter")]
+    wrote = f"wrote {outputs[0]}: {len(clean):,} of {len(rows):,} rows."
+    lines = [f"{text}\n\n{len(pairs):,} pairs{review}", name_some("undecided pairs", undecided)]
+    lines.append(name_some("verdicts of former pairs", stale))
+    lines.append(f"{wrote} Next (with --base-model, if not Llama-2-13B):")
+    lines.append(f"python finetune.py {shlex.join(train)}")
+    return "\n".join(lines)
+
+
+def as_markdown(tables: dict[str, list[Row]]) -> str:
+    """Those of leak_tables() that have rows, as text."""
+    parts = []
+    for table in filter(None, tables.values()):
+        parts.append(markdown_table(list(table[0]), [list(line.values()) for line in table]))
+    return "\n\n".join(parts)
+
+
+def name_some(kind: str, ids: list[str]) -> str:
+    """How many ids of this kind there are, and the first three.
+
+    >>> name_some("undecided pairs", ["a", "b"]), name_some("undecided pairs", [])
+    ('2 undecided pairs (a, b; all in apply.json)', '0 undecided pairs')
+    """
+    if not ids:
+        return f"0 {kind}"
+    more = ", ..." if len(ids) > 3 else ""
+    return f"{len(ids):,} {kind} ({one_line(', '.join(ids[:3]))}{more}; all in apply.json)"
 
 
 def leak_tables(
@@ -885,7 +906,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.out} has no run.json: no pairs were found yet, by {mend}")
     read_run(args.out / "run.json"), check_listed(args.out / "pairs.jsonl")  # before any writing
     with output_folder(args.out, overwrite=True, keep_run=True):
-        apply(args, started)
+        report = apply(args, started)
+    print(report)
 
 
 if __name__ == "__main__":

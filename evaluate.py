@@ -44,7 +44,6 @@ from build_dataset import (
     UserError,
     check_device,
     check_output,
-    check_unchanged,
     describe_inputs,
     finish_run,
     first_line,
@@ -88,6 +87,9 @@ HARNESS_FILES = {  # the harness's own definition of each task, below lm_eval/ta
     },
 }
 PAPER = Path(__file__).with_name("paper_change.csv")  # the paper's Tables 5 and 7, in percent
+AVERAGE = "average"  # the leaderboard's: the mean of HEADLINE's four, a task of results.json
+AVERAGE_QUESTIONS = 26_073  # 1,172 + 10,042 + 14,042 + 817; fewer are a partial result
+PAPER_AVERAGE = {"Platypus2-70B-instruct": 73.13, "Stable-Platypus2-13B": 63.96}  # Tables 3, 4
 TINY = 0.005  # percent: of a base that prints as 0.00 there is no change in percent
 MMLU_SUBJECTS = 57  # the full benchmark; fewer are a partial result
 CHUNK_TOKENS = 65_536  # trie nodes between two points to go on from, and the unit of a process
@@ -126,7 +128,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compare", nargs="+", type=Path, default=[], metavar="DIR", help=earlier)
     flagged = "also score without the test questions that this folder of step 2 flags"
     add("--contamination", type=Path, metavar="DIR", help=flagged)
-    add("--paper", **switch, help="add the columns of the paper's Tables 5 and 7 (default: no)")
+    theirs = "add the paper's averages and the columns of its Tables 5 and 7 (default: no)"
+    add("--paper", **switch, help=theirs)
     args = parser.parse_args(argv)
     args.benchmarks = [name for name in args.tasks.split(",") if name]
     unknown = [name for name in args.benchmarks if name not in HUB]
@@ -289,6 +292,8 @@ def benchmark_tasks(args: argparse.Namespace) -> dict[str, tuple[str, "Configura
         except Exception as error:  # a task file can be wrong in as many ways as code
             raise UserError(f"--task {name}: {type(error).__name__}: {first_line(error)}") from None
         for task in found:
+            if task.config.task == AVERAGE:
+                raise UserError(f"--task {name}: results call the four's mean {AVERAGE}: rename it")
             if tasks.setdefault(task.config.task, (f"{task.config.task}/all", task))[1] != task:
                 raise UserError(f"--task {name}: there are two tasks {task.config.task}")
     return tasks
@@ -577,7 +582,6 @@ def score_model(
 ) -> Row:
     """{"about", "results"} of a model; each task's file is written when the task is whole."""
     lm = load_model(model, files, args)
-    check_unchanged(model_inputs(files))  # chunks are named by these hashes
     folder = args.out / folder_name(model)
     about = {"folder": folder.name, "adapter": args.adapter, "load_in_4bit": args.load_in_4bit}
     about["dtype"] = str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
@@ -747,17 +751,27 @@ def prompts_of(run: Row) -> dict[str, str]:
 
 # --- comparison -----------------------------------------------------------------------------------
 
+Groups = list[dict[str, float]]  # {test id: value} of each subject; most tasks have one
+Scores = dict[str, dict[str, Groups]]  # {task: {metric: groups}}
 
-def series(results: list[Row]) -> dict[str, dict[str, list[dict[str, float]]]]:
+
+def series(results: list[Row]) -> Scores:
     """{task: {metric: [{test id: value} of each subject]}}; MMLU's subjects are tasks as well."""
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    found: Scores = {}
     for result in results:
+        questions = result["questions"]
         benchmark = result["prefix"].split("/")[0]
-        for task in dict.fromkeys([benchmark, result["prefix"].removesuffix("/all")]):
-            for metric in [key for key in result["questions"][0] if key not in NO_METRIC]:
-                label = result["task"][-3:] if benchmark == "truthfulqa" else metric
-                values = {q["test_id"]: q[metric] for q in result["questions"] if metric in q}
-                found.setdefault(task, {}).setdefault(label, []).append(values)
+        tasks = dict.fromkeys([benchmark, result["prefix"].removesuffix("/all")])
+        for metric in questions[0]:
+            if metric in NO_METRIC:
+                continue
+            values = {line["test_id"]: line[metric] for line in questions if metric in line}
+            label = metric
+            if benchmark == "truthfulqa":
+                label = result["task"][-3:]  # mc1, mc2: the harness calls both acc
+            for task in tasks:
+                groups = found.setdefault(task, {}).setdefault(label, [])
+                groups.append(values)
     return found
 
 
@@ -766,13 +780,30 @@ def headline(task: str, metrics: dict[str, Any]) -> str:
     return HEADLINE.get(task.split("/")[0], next(iter(metrics)))
 
 
-def mean(
-    groups: list[dict[str, float]], chosen: Callable[[str], bool] | None = None
-) -> float | None:
+def benchmarks_of(task: str, scores: Scores) -> list[Groups]:
+    """The headline groups of what a task is the mean of: itself, or the average's benchmarks."""
+    names = list(HEADLINE) if task == AVERAGE else [task]
+    return [scores[name][headline(name, scores[name])] for name in names]
+
+
+def mean(groups: Groups, chosen: Callable[[str], bool] | None = None) -> float | None:
     """Mean of the groups' means, in percent, over the questions chosen; None where none is."""
-    kept = [[v for test_id, v in g.items() if chosen is None or chosen(test_id)] for g in groups]
-    means = [statistics.fmean(values) for values in kept if values]
+    means = []
+    for group in groups:
+        kept = [v for test_id, v in group.items() if chosen is None or chosen(test_id)]
+        if kept:
+            means.append(statistics.fmean(kept))
     return 100 * statistics.fmean(means) if means else None
+
+
+def mean_of_benchmarks(
+    benchmarks: list[Groups], chosen: Callable[[str], bool] | None = None
+) -> float | None:
+    """Mean of the benchmarks' means, in percent; None where one of them has no question chosen."""
+    means = [mean(groups, chosen) for groups in benchmarks]
+    if None in means:
+        return None
+    return statistics.fmean(means)
 
 
 def summarise(
@@ -781,20 +812,42 @@ def summarise(
     """{task: {"questions", "tasks", metric: score in percent}} of the questions chosen by test id.
 
     MMLU: `acc` is the plain mean of subjects, as on the leaderboard of 2023, `acc_weighted` the
-    mean of questions. A task without a chosen question is left out.
+    mean of questions. A task without a chosen question is left out, and so is the average where
+    one of its benchmarks is.
     """
-    summary = {}
+    summary: dict[str, dict[str, Any]] = {}
     for task, metrics in series(results).items():
         groups = metrics[headline(task, metrics)]
-        ids = [[i for i in group if chosen is None or chosen(i)] for group in groups]
-        about: dict[str, Any] = {"questions": sum(map(len, ids)), "tasks": sum(map(bool, ids))}
-        about |= {metric: mean(values, chosen) for metric, values in metrics.items()}
+        about: dict[str, Any] = {"questions": 0, "tasks": 0}
+        together: dict[str, float] = {}
+        for group in groups:
+            kept = [test_id for test_id in group if chosen is None or chosen(test_id)]
+            about["questions"] += len(kept)
+            about["tasks"] += min(1, len(kept))
+            together.update(group)
+        if not about["questions"]:
+            continue
+
+        for metric, values in metrics.items():
+            about[metric] = mean(values, chosen)
         if task == "mmlu":
-            together = {test_id: value for group in groups for test_id, value in group.items()}
             about["acc_weighted"] = mean([together], chosen)
-        if about["questions"]:
-            summary[task] = about
-    return summary
+        summary[task] = about
+
+    if any(name not in summary for name in HEADLINE):
+        return summary
+    average = {"questions": 0, "tasks": 0}
+    scores = []
+    for name, metric in HEADLINE.items():
+        average["questions"] += summary[name]["questions"]
+        average["tasks"] += summary[name]["tasks"]
+        scores.append(summary[name][metric])
+    return {AVERAGE: {**average, "mean": statistics.fmean(scores)}, **summary}
+
+
+def summarise_all(runs: dict[str, Row], chosen: Callable[[str], bool] | None) -> dict[str, Any]:
+    """{model: what summarise() says of it}."""
+    return {model: summarise(run["results"], chosen) for model, run in runs.items()}
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -807,49 +860,119 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2 ** (gained + lost))
 
 
-def bootstrap(groups: list["np.ndarray"]) -> tuple[float, float]:
-    """95 % interval of the mean of the groups' means, resampled within each group.
+def resampled_means(groups: Groups, rng: "np.random.Generator") -> "np.ndarray":
+    """[RESAMPLES] means of the groups' means, in percent, each group resampled within itself.
 
-    groups: paired differences, one array for each subject. A resample is drawn as how often each
-    distinct difference occurs: the same distribution for a fraction of the work.
+    A resample is drawn as how often each distinct value occurs: the same distribution for a
+    fraction of the work.
     """
     import numpy as np
 
-    rng, total = np.random.default_rng(0), np.zeros(RESAMPLES)
-    for differences in groups:
-        values, counts = np.unique(differences, return_counts=True)
-        for part in np.array_split(total, 20):  # views; draws of all at once could fill the memory
-            drawn = rng.multinomial(len(differences), counts / len(differences), size=len(part))
-            part += drawn @ values / len(differences)
-    low, high = np.quantile(total / len(groups), [0.025, 0.975])
-    return float(low), float(high)
+    total = np.zeros(RESAMPLES)
+    for group in groups:
+        values, counts = np.unique(100 * np.array(list(group.values())), return_counts=True)
+        size = len(group)
+        # in parts, which are views: the draws of all at once could fill the memory
+        for part in np.array_split(total, 20):
+            drawn = rng.multinomial(size, counts / size, size=len(part))
+            part += drawn @ values / size
+    return total / len(groups)
 
 
-def compare(base: list[Row], results: list[Row], task: str, flagged: set[str] | None) -> Row:
-    """A model's headline score of a task against the base's, question by question."""
+def bootstrap(benchmarks: list[Groups]) -> list[float]:
+    """[low, high] in percent: 95 % interval of the mean of the benchmarks' means.
+
+    benchmarks: the paired gains of each, resampled within each of its groups.
+    """
     import numpy as np
 
-    metric = headline(task, series(base)[task])
-    before, after = (series(side)[task][metric] for side in (base, results))
-    gains = [{i: b[i] - a[i] for i in a} for a, b in zip(before, after, strict=True)]
-    flat = {test_id: gain for group in gains for test_id, gain in group.items()}
-    binary = {value for group in before + after for value in group.values()} <= {0, 1}
-    gained, lost = (sum(sign * gain > 0 for gain in flat.values()) for sign in (1, -1))
-    p = mcnemar(gained, lost) if binary else None
-    low, high = bootstrap([100 * np.array([*group.values()]) for group in gains])
-    old, new = mean(before), mean(after)
-    row = {"task": task, "metric": metric, "questions": len(flat), "base_score": old, "score": new}
-    row |= {"points": new - old, "percent": 100 * (new - old) / old if old >= TINY else None}
-    row |= {"interval": [low, high], "gained": gained, "lost": lost, "p": p}
-    differs = (low > 0 or high < 0) and (p is None or p < ALPHA) and abs(new - old) >= TINY
-    row["verdict"] = SAME if not differs else "better" if new > old else "worse"
-    for part, side in {"unflagged": False, "flagged": True}.items():
-        known = flagged is not None
-        row[f"points_{part}"] = (
-            mean(gains, lambda i, side=side: (i in flagged) is side) if known else None
-        )
-    flips = [{"test_id": i, "base": int(g < 0), "model": int(g > 0)} for i, g in flat.items() if g]
-    return row | {"flips": flips if binary else []}
+    rng = np.random.default_rng(0)
+    total = np.zeros(RESAMPLES)
+    for groups in benchmarks:
+        total += resampled_means(groups, rng)
+    ends = np.quantile(total / len(benchmarks), [0.025, 0.975])
+    return ends.tolist()
+
+
+def paired_gains(before: Groups, after: Groups) -> Groups:
+    """What a model gains over the base in each question of a benchmark, in the same groups."""
+    gains = []
+    for old, new in zip(before, after, strict=True):
+        gains.append({test_id: new[test_id] - value for test_id, value in old.items()})
+    return gains
+
+
+def count_flips(before: Groups, after: Groups) -> Row:
+    """{"gained", "lost", "p", "flips"} of a task's questions.
+
+    Where a value is neither 0 nor 1 (mc2), p is None and no flip is listed.
+    """
+    gained = 0
+    lost = 0
+    flips = []
+    values = set()
+    for old, new in zip(before, after, strict=True):
+        values.update(old.values(), new.values())
+        for test_id, value in old.items():
+            if new[test_id] == value:
+                continue
+            if new[test_id] > value:
+                gained += 1
+            else:
+                lost += 1
+            flips.append({"test_id": test_id, "base": int(value), "model": int(new[test_id])})
+
+    if not values <= {0, 1}:
+        return {"gained": gained, "lost": lost, "p": None, "flips": []}
+    return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost), "flips": flips}
+
+
+def verdict(points: float, interval: list[float], p: float | None) -> str:
+    """What a change is called: "better" or "worse" only where interval and test agree on it."""
+    low, high = interval
+    if low <= 0 <= high or abs(points) < TINY:
+        return SAME
+    if p is not None and p >= ALPHA:
+        return SAME
+    return "better" if points > 0 else "worse"
+
+
+def compare(base: Scores, model: Scores, task: str, flagged: set[str] | None) -> Row:
+    """A model's headline score of a task against the base's, question by question.
+
+    base, model: what series() makes of their results. The average is a mean of means, so that no
+    question of it is won or lost as a whole: the interval alone decides its verdict.
+    """
+    before = benchmarks_of(task, base)
+    after = benchmarks_of(task, model)
+    gains = []
+    questions = 0
+    for old_groups, new_groups in zip(before, after, strict=True):
+        groups = paired_gains(old_groups, new_groups)
+        gains.append(groups)
+        questions += sum(map(len, groups))
+
+    metric = "mean"
+    test: Row = {"gained": None, "lost": None, "p": None, "flips": []}
+    if task != AVERAGE:
+        metric = headline(task, base[task])
+        test = count_flips(before[0], after[0])
+
+    old = mean_of_benchmarks(before)
+    new = mean_of_benchmarks(after)
+    points = new - old
+    row = {"task": task, "metric": metric, "questions": questions}
+    row |= {"base_score": old, "score": new, "points": points}
+    row["percent"] = 100 * points / old if old >= TINY else None
+    row["interval"] = bootstrap(gains)
+    row["verdict"] = verdict(points, row["interval"], test["p"])
+
+    row |= {"points_unflagged": None, "points_flagged": None}
+    if flagged is not None:
+        row["points_unflagged"] = mean_of_benchmarks(gains, lambda i: i not in flagged)
+        row["points_flagged"] = mean_of_benchmarks(gains, lambda i: i in flagged)
+    row |= test
+    return row
 
 
 def check_same_questions(runs: dict[str, Row]) -> None:
@@ -863,22 +986,53 @@ def check_same_questions(runs: dict[str, Row]) -> None:
             raise UserError(f"{what}: score both with one command")
 
 
+def count_truncated(results: list[Row], task: str) -> int:
+    """How many of a task's questions had their context cut."""
+    cut = {}
+    for result in results:
+        prefix = f"{result['prefix']}/"
+        if prefix.startswith(f"{task}/"):
+            cut[prefix] = result["truncated"]  # once for a prefix: mc1 and mc2 ask the same
+    return sum(cut.values())
+
+
 def describe_tasks(runs: dict[str, Row], flagged: set[str] | None) -> dict[str, Row]:
     """{task: {"metric", "questions", "flagged", "partial", "truncated"}} of results.json."""
-    base, tasks = next(iter(runs.values()))["results"], {}
+    base = next(iter(runs.values()))["results"]
+    limited = any(result["limit"] for result in base)
+    tasks: dict[str, Row] = {}
     for task, metrics in series(base).items():
         metric = headline(task, metrics)
-        ids = {test_id for group in metrics[metric] for test_id in group}
-        few = task == "mmlu" and len(metrics[metric]) < MMLU_SUBJECTS
-        about = {"metric": metric, "questions": len(ids), "truncated": {}}
+        ids = set().union(*metrics[metric])
+        about = {"metric": metric, "questions": len(ids)}
+        about["truncated"] = {m: count_truncated(run["results"], task) for m, run in runs.items()}
         about["flagged"] = None if flagged is None else len(ids & flagged)
-        about["partial"] = few or any(result["limit"] for result in base)
-        for model, run in runs.items():  # once for a prefix: mc1 and mc2 are asked the same
-            cut = {f"{r['prefix']}/": r["truncated"] for r in run["results"]}
-            cut = [count for prefix, count in cut.items() if prefix.startswith(f"{task}/")]
-            about["truncated"][model] = sum(cut)
+        too_few = task == "mmlu" and len(metrics[metric]) < MMLU_SUBJECTS
+        about["partial"] = limited or too_few
         tasks[task] = about
-    return tasks
+
+    if any(name not in tasks for name in HEADLINE):
+        return tasks
+    return {AVERAGE: describe_average([tasks[name] for name in HEADLINE]), **tasks}
+
+
+def describe_average(benchmarks: list[Row]) -> Row:
+    """What describe_tasks() says of the average, from what it says of the four benchmarks."""
+    average: Row = {"metric": "mean", "questions": 0}
+    average["truncated"] = dict.fromkeys(benchmarks[0]["truncated"], 0)
+    average["flagged"] = None
+    average["partial"] = any(about["partial"] for about in benchmarks)
+    for about in benchmarks:
+        average["questions"] += about["questions"]
+        for model, count in about["truncated"].items():
+            average["truncated"][model] += count
+    if benchmarks[0]["flagged"] is not None:
+        average["flagged"] = sum(about["flagged"] for about in benchmarks)
+
+    # a benchmark's file may hold a part of it, as HellaSwag's in the official layout does
+    if average["questions"] < AVERAGE_QUESTIONS:
+        average["partial"] = True
+    return average
 
 
 def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[str] | None) -> str:
@@ -890,32 +1044,38 @@ def write_results(args: argparse.Namespace, runs: dict[str, Row], flagged: set[s
         "files": {path: sha256}}}
       "tasks": {task: {"metric": headline metric, "questions", "flagged": int or null,
         "partial": bool, "truncated": {model: questions whose context was cut from the left}}}
-        task: "arc", "hellaswag", "mmlu", "mmlu/<subject>", "truthfulqa" or a --task's name
+        task: "arc", "hellaswag", "mmlu", "mmlu/<subject>", "truthfulqa" or a --task's name; and
+        first, where those four benchmarks are all there, "average", the leaderboard's: metric
+        "mean", the plain mean of the four; partial also with fewer questions than theirs in full
       "all questions", "unflagged questions" and "flagged questions" (the latter two only with
         --contamination): {model: {task: {"questions", "tasks", metric: score in percent}}}; mmlu's
-        "acc" is the plain mean of subjects, "acc_weighted" that of questions
+        "acc" is the plain mean of subjects, "acc_weighted" that of questions; no "average" where
+        a benchmark has no such question
       "comparisons": [{"model", "base", "task", "metric", "questions", "base_score", "score",
         "points": score - base_score, "percent": 100 * points / base_score or null, "interval":
-        [low, high] of points, 95 %, paired bootstrap, "gained", "lost": questions now right, now
-        wrong, "p": exact McNemar or null where the metric is not right or wrong, "verdict":
-        "better", "worse" or "not distinguishable", "points_unflagged", "points_flagged": null
-        without --contamination, "flips": [{"test_id", "base": 0 or 1, "model": 0 or 1}]}]
+        [low, high] of points, 95 %, paired bootstrap (within each subject of each benchmark),
+        "verdict": "better", "worse" or "not distinguishable", "points_unflagged",
+        "points_flagged": null without --contamination or such questions, "gained", "lost":
+        questions now right, now wrong, null for the average, "p": exact McNemar, null for the
+        average and where the metric is not right or wrong, "flips": [{"test_id", "base": 0 or 1,
+        "model": 0 or 1}], empty where p is null}]
     """
     check_same_questions(runs)
-    (first, base), *others = runs.items()
+    base, *others = runs
     found: dict[str, Any] = {"models": {model: run["about"] for model, run in runs.items()}}
     found["tasks"] = describe_tasks(runs, flagged)
-    parts: dict[str, Any] = {"all": None}
+    found["all questions"] = summarise_all(runs, None)
     if flagged is not None:
-        parts |= {"unflagged": lambda i: i not in flagged, "flagged": lambda i: i in flagged}
-    for part, chosen in parts.items():
-        scores = {model: summarise(run["results"], chosen) for model, run in runs.items()}
-        found[f"{part} questions"] = scores
-    found["comparisons"] = [
-        {"model": m, "base": first, **compare(base["results"], run["results"], task, flagged)}
-        for m, run in others
-        for task in found["tasks"]
-    ]
+        found["unflagged questions"] = summarise_all(runs, lambda i: i not in flagged)
+        found["flagged questions"] = summarise_all(runs, lambda i: i in flagged)
+
+    found["comparisons"] = []
+    scores = {model: series(run["results"]) for model, run in runs.items()}
+    for model in others:
+        for task in found["tasks"]:
+            row = compare(scores[base], scores[model], task, flagged)
+            found["comparisons"].append({"model": model, "base": base, **row})
+
     text = tables(found, args.paper)
     write_file(args.out / "results.json", json.dumps(found, indent=1) + "\n")
     write_file(args.out / "results.md", text + "\n")
@@ -930,33 +1090,75 @@ def labels(models: list[str]) -> dict[str, str]:
 
 
 def tables(found: dict[str, Any], paper: bool) -> str:
-    """results.json as Markdown: scores, change in percent beside the paper's, paired tests."""
-    base, *others = names = list(labels(found["models"]).values())
-    theirs: dict[str, Row] = {}
-    if paper:
-        with PAPER.open(newline="", encoding="utf-8") as file:
-            theirs = {row.pop("task"): row for row in csv.DictReader(file)}
+    """results.json as Markdown: the average, scores, change in percent, paired tests."""
+    names = list(labels(found["models"]).values())
+    others = names[1:]
     parts = []
-    for part in [p for p in ("all", "unflagged", "flagged") if f"{p} questions" in found]:
+    if AVERAGE in found["tasks"]:
+        parts += average_table(found, paper)
+
+    for part in ("all", "unflagged", "flagged"):
+        if f"{part} questions" not in found:
+            continue
         beside = "" if part == "all" else " (in brackets: less that of all)"
         parts.append(f"Scores in percent, {part} questions{beside}:")
         columns = ["task", "metric", "questions", *names]
         parts.append(markdown_table(columns, score_rows(found, part)))
-    for number, subjects in {5: False, 7: True}.items() if others or paper else ():
-        title = f"Change over {base} in percent, the paper's Table {number}; (=): {SAME}; -: of 0:"
-        if rows := change_rows(found, theirs, subjects):
-            columns = ["task", *others, *theirs.get("arc", {})]
-            parts += [title, markdown_table(columns, rows)]
+
+    if others or paper:
+        parts += change_tables(found, paper)
     if others:
-        what = "on the same questions; 1 such test of 20 differs by chance"
-        parts.append(f"Against {base} {what}; flipped questions are in results.json:")
+        tests = "on the same questions; 1 such test of 20 differs by chance"
+        parts.append(f"Against {names[0]} {tests}; flipped questions are in results.json:")
         columns = ["task", "model", "points", "95 % interval", "gained", "lost", "p"]
         columns += ["points, unflagged", "points, flagged", "verdict"]
         parts.append(markdown_table(columns, paired_rows(found)))
-    cut = {task: max(about["truncated"].values()) for task, about in found["tasks"].items()}
-    shown = ", ".join(f"{task} {count:,}" for task, count in cut.items() if count)
-    parts += [f"Questions whose context was cut from the left to fit: {shown}"] * bool(shown)
+
+    cut = []
+    for task, about in found["tasks"].items():
+        count = max(about["truncated"].values())
+        if count and task != AVERAGE:
+            cut.append(f"{task} {count:,}")
+    if cut:
+        parts.append(f"Questions whose context was cut from the left to fit: {', '.join(cut)}")
     return "\n\n".join(parts)
+
+
+def average_table(found: dict[str, Any], paper: bool) -> list[str]:
+    """[title, table] of the leaderboard's average, the paper's headline: a line for each model."""
+    models = labels(found["models"])
+    base = next(iter(models))
+    scores = found["all questions"]
+    unchanged = ["-", "-", "-", "-"]
+    rows = [[models[base], f"{scores[base][AVERAGE]['mean']:.2f}", *unchanged]]
+    for row in found["comparisons"]:
+        if row["task"] == AVERAGE:
+            cells = [models[row["model"]], f"{row['score']:.2f}"]
+            cells += [signed(row["points"]), signed(row["percent"])]
+            cells += [interval_text(row), row["verdict"]]
+            rows.append(cells)
+    if paper:
+        for model, score in PAPER_AVERAGE.items():
+            rows.append([f"{model} (paper)", f"{score:.2f}", *unchanged])
+
+    title = "Average"
+    about = found["tasks"][AVERAGE]
+    if about["partial"]:
+        title += f" (partial: {about['questions']:,} questions of {AVERAGE_QUESTIONS:,})"
+    title += f" in percent, the mean of {', '.join(HEADLINE)}; change over {models[base]}:"
+    columns = ["model", "average", "points", "percent", "95 % interval", "verdict"]
+    return [title, markdown_table(columns, rows)]
+
+
+def signed(value: float | None) -> str:
+    """A change with its sign: +1.25, and - for None."""
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def interval_text(row: Row) -> str:
+    """The interval of a comparison: "-0.31 to +1.70"."""
+    low, high = row["interval"]
+    return f"{low:+.2f} to {high:+.2f}"
 
 
 def score_rows(found: dict[str, Any], part: str) -> list[list[Any]]:
@@ -976,6 +1178,25 @@ def score_rows(found: dict[str, Any], part: str) -> list[list[Any]]:
     return rows
 
 
+def change_tables(found: dict[str, Any], paper: bool) -> list[str]:
+    """Titles and tables of the change in percent, in the form of the paper's Tables 5 and 7."""
+    base, *others = labels(found["models"]).values()
+    theirs: dict[str, Row] = {}
+    if paper:
+        with PAPER.open(newline="", encoding="utf-8") as file:
+            theirs = {row.pop("task"): row for row in csv.DictReader(file)}
+
+    parts = []
+    for number, subjects in ((5, False), (7, True)):
+        rows = change_rows(found, theirs, subjects)
+        if rows:
+            where = f"the paper's Table {number}"
+            parts.append(f"Change over {base} in percent, {where}; (=): {SAME}; -: of 0:")
+            columns = ["task", *others, *theirs.get("arc", {})]
+            parts.append(markdown_table(columns, rows))
+    return parts
+
+
 def change_rows(found: dict[str, Any], theirs: dict[str, Row], subjects: bool) -> list[list[str]]:
     """[task, change of each model, the paper's], of benchmarks and tasks or of MMLU's subjects."""
     compared = {(row["task"], row["model"]): row for row in found["comparisons"]}
@@ -992,14 +1213,19 @@ def change_rows(found: dict[str, Any], theirs: dict[str, Row], subjects: bool) -
 
 def paired_rows(found: dict[str, Any]) -> list[list[Any]]:
     """The paired test of every benchmark and task; those of subjects are in results.json."""
-    rows, shown = [], labels(found["models"])
-    for row in [row for row in found["comparisons"] if "/" not in row["task"]]:
-        parts = [row["points_unflagged"], row["points_flagged"]]
-        parts = ["-" if points is None else f"{points:+.2f}" for points in parts]
-        interval = "{:+.2f} to {:+.2f}".format(*row["interval"])
-        p = "-" if row["p"] is None else f"{row['p']:.2g}"
-        first = [row["task"], shown[row["model"]], f"{row['points']:+.2f}", interval]
-        rows.append([*first, row["gained"], row["lost"], p, *parts, row["verdict"]])
+    models = labels(found["models"])
+    rows = []
+    for row in found["comparisons"]:
+        if "/" in row["task"]:
+            continue
+        cells = [row["task"], models[row["model"]]]
+        cells += [signed(row["points"]), interval_text(row)]
+        for key in ("gained", "lost"):
+            cells.append("-" if row[key] is None else row[key])
+        cells.append("-" if row["p"] is None else f"{row['p']:.2g}")
+        cells += [signed(row["points_unflagged"]), signed(row["points_flagged"])]
+        cells.append(row["verdict"])
+        rows.append(cells)
     return rows
 
 
@@ -1008,6 +1234,7 @@ def draw_change(found: dict[str, Any], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    path.unlink(missing_ok=True)  # of a run that was stopped
     rows = [row for row in found["comparisons"] if row["percent"] is not None]
     rows = [row for row in rows if "/" in row["task"]] or rows
     models, shown = list(dict.fromkeys(row["model"] for row in rows)), labels(found["models"])
@@ -1045,9 +1272,19 @@ def task_files(tasks: dict[str, tuple[str, "ConfigurableTask"]]) -> list[Path]:
     return [Path(file) for file in sorted(map(str, files)) if Path(file).is_file()]
 
 
-def model_inputs(files: dict[str, str]) -> dict[str, Row]:
-    """A model's own files for run.json, with the hashes from before they were loaded."""
-    return {path: {"sha256": known} for path, known in files.items() if Path(path).is_file()}
+def model_inputs(models: dict[str, dict[str, str]]) -> dict[str, Row]:
+    """The models' own files for run.json, with the hashes that check_models() has found."""
+    files = [item for known in models.values() for item in known.items()]
+    return {path: {"sha256": sha256} for path, sha256 in files if Path(path).is_file()}
+
+
+def files_written(args: argparse.Namespace, tasks: dict[str, Any]) -> list[Path]:
+    """What this run has put into --out: every model's tasks, the comparison, a picture if any."""
+    files = [args.out / name for name in ("results.json", "results.md", "change.svg")]
+    for model in args.model:
+        folder = args.out / folder_name(model)
+        files += [folder / f"{task}.json" for task in tasks]
+    return [path for path in files if path.exists()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1066,18 +1303,18 @@ def main(argv: list[str] | None = None) -> None:
     pick_device(args)
     files = check_models(args)
     tasks = benchmark_tasks(args) if files else {}
-    inputs |= describe_inputs(task_files(tasks))
-    check_unchanged(inputs)
+    inputs |= describe_inputs(task_files(tasks)) | model_inputs(files)
     if args.contamination and files and not args.rank:
         warn_unchecked(args.contamination, flagged, tasks)
     with nullcontext() if args.rank else output_folder(args.out, args.overwrite):
         for model in args.model:
             add_run(runs, run_name(model, args), score_model(model, files[model], tasks, args))
-            inputs |= model_inputs(files[model])
         if args.rank:
             return None
         text = write_results(args, runs, flagged)
-        finish_run(args, inputs, started, models={m: r["about"] for m, r in runs.items()})
+        outputs = files_written(args, tasks)
+        models = {model: run["about"] for model, run in runs.items()}
+        finish_run(args, inputs=inputs, outputs=outputs, started=started, models=models)
     shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
     print(f"{text}\n\nwrote {args.out}. Next: python tui.py {shlex.quote(sibling(args.out))}")
 

@@ -46,10 +46,8 @@ from build_dataset import (
     UserError,
     check_device,
     check_output,
-    check_unchanged,
     command_line,
     describe_inputs,
-    file_state,
     finish_run,
     first_line,
     make_parser,
@@ -171,10 +169,10 @@ class Run:
     base: Row  # what base_fingerprint.json holds
     sizes: dict[str, int]  # of model_sizes()
     capacity: int  # tokens of a packed row
-    recompute_above: float  # tokens of a row that is run with gradient checkpointing
+    recompute: bool  # gradient checkpointing is on
     steps: int
     matrix_rate: float  # FLOP/s
-    began: float  # time.monotonic() at step 0, as if never interrupted
+    began: float = 0.0  # time.monotonic() at step 0, as if never interrupted
 
     def log(self, step: int, event: str | None = None, **fields: Any) -> None:
         """Append a step, or an event, to train_log.jsonl; all have "step", the last one done.
@@ -207,7 +205,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     rows = "tokens of one forward pass (default: cutoff on a GPU, 1,024 on a CPU)"
     add("--micro-batch-tokens", type=positive, metavar="N", help=rows)
     on = {"action": argparse.BooleanOptionalAction}
-    add("--gradient-checkpointing", **on, help="default: where a row does not fit without")
+    when = "default: with --shard, and where a row does not fit into a GPU without"
+    add("--gradient-checkpointing", **on, help=when)
     origins = {f"recipe {name}": recipe for name, recipe in RECIPES.items()}
     for origin, settings in (("paper", PAPER), ("default", OURS)):
         add = parser.add_argument_group(f"settings ({origin})").add_argument
@@ -222,6 +221,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.origin = {n: o if getattr(args, n) is None else "flag" for n, (_, o) in values.items()}
     for name, (value, _) in values.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if args.shard and args.gradient_checkpointing is None:
+        args.gradient_checkpointing = True  # a model that needs every GPU leaves little room
     return check_settings(args)
 
 
@@ -494,28 +495,7 @@ def add_adapter(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrain
                 torch.empty(parameter.shape, device="cpu"), 5**0.5
             )
             parameter.data = parameter.data.float().copy_(fresh)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.forward = functools.partial(dropout, module)
     return model
-
-
-def dropout(module: "torch.nn.Dropout", x: "torch.Tensor") -> "torch.Tensor":
-    """What torch.nn.Dropout does, in less than half its time on a CPU: only what goes is drawn.
-
-    Whether an element goes is a coin flip of probability p, so the gaps between those that do are
-    geometric. Where p is small these are few numbers, and they are all that backward has to keep.
-    """
-    import torch
-
-    if x.device.type != "cpu" or not module.training or not module.p:
-        return torch.nn.functional.dropout(x, module.p, module.training)
-    expected = x.numel() * module.p
-    # enough gaps to pass the end, but for a chance of 1e-15: 8 standard deviations
-    gaps = torch.empty(int(expected + 8 * math.sqrt(expected)) + 16).geometric_(module.p)
-    places = gaps.cumsum(0, dtype=torch.int64) - 1
-    kept = (x / (1 - module.p)).flatten()
-    return kept.index_fill(0, places[places < len(kept)], 0.0).view(x.shape)
 
 
 def shard(model: "PreTrainedModel", device: "torch.device") -> None:
@@ -614,48 +594,75 @@ def prepare(args: argparse.Namespace, stop: Stop, data_sha256: str) -> tuple[Run
     folder = model_folder("--base-model", args.base_model)
     check_input(folder / "config.json", f"--base-model {args.base_model} is no model's folder")
     torch.manual_seed(args.seed)
-    files = {path: file_state(path) for path in folder.glob("*.safetensors")}
     model, tokenizer = load_model(args, folder, device)
-    known, n = tokenise(rows, tokenizer, args.cutoff), args.val_set_size
-    if len(known) <= n:
-        fault = f"{len(known)} rows with an answer within --cutoff {args.cutoff} tokens"
-        raise UserError(f"{args.data} has {fault}, --val-set-size is {n}: nothing to train on")
+    known = tokenise(rows, tokenizer, args.cutoff)
+    examples, held_out = hold_out(known, args)
     sizes, rate = model_sizes(model), matrix_rate(device)
     if args.shard:
         shard(model, device)
     say(f"on {WORLD} x {device}, {compute_dtype(device.type)}: {rate / 1e12:.3g} TFLOP/s")
-    order = random.Random(f"{args.seed} held out").sample(known, len(known))
-    capacity = args.micro_batch_tokens or (CPU_ROW if device.type == "cpu" else args.cutoff)
-    if len(known) > 1 and not isolates(model, known):
-        say("warning: packed examples of this model would mix, so each has a row of its own")
-        capacity = 1
-    base = {"base_model": args.base_model, "load_in_4bit": args.load_in_4bit}
-    settings = {name: getattr(args, name) for name in args.origin if name not in FREE}
-    settings |= {"seed": args.seed, "limit": args.limit, "device": device.type, "processes": WORLD}
-    settings |= {"micro_batch_tokens": capacity, "data": data_sha256}
-    settings |= {"base": base_fingerprint(folder)}
-    what = "changed while it was read: run the command again"
-    refuse({f"{path} {what}": file_state(path) != state for path, state in files.items()})
+    capacity = row_capacity(args, model, known)
+    if args.gradient_checkpointing:
+        recompute_activations(model)
     counts = report(args, known, sizes, len(rows), tokenizer.eos_token_id)
-    above = 0 if args.shard else cpu_room(model) if device.type == "cpu" else math.inf
-    above = {True: 0, False: math.inf}.get(args.gradient_checkpointing, above)
-    steps = math.ceil((len(known) - n) / args.batch_size) * args.epochs
+    fingerprint = base_fingerprint(folder)
+    settings = settings_to_meet_again(args, device.type, capacity)
+    settings |= {"data": data_sha256, "base": fingerprint}
+    base = {"base_model": args.base_model, "load_in_4bit": args.load_in_4bit, **fingerprint}
+    steps = math.ceil(len(examples) / args.batch_size) * args.epochs
     if args.warmup_steps >= steps:
         say(f"warning: {steps} steps, and the learning rate rises over {args.warmup_steps}")
-    texts = (tokenizer, order[n:], order[:n], settings, base | settings["base"])
-    return Run(args, stop, model, *texts, sizes, capacity, above, steps, rate, 0), counts
+    run = Run(
+        args=args,
+        stop=stop,
+        model=model,
+        tokenizer=tokenizer,
+        examples=examples,
+        held_out=held_out,
+        settings=settings,
+        base=base,
+        sizes=sizes,
+        capacity=capacity,
+        recompute=bool(args.gradient_checkpointing),
+        steps=steps,
+        matrix_rate=rate,
+    )
+    return run, counts
 
 
-def cpu_room(model: "PreTrainedModel") -> float:
-    """Tokens of a row whose activations fill half of the free memory; longer ones are recomputed.
+def hold_out(known: list[Example], args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    """(examples to train on, examples held out), dealt by the seed. Raises UserError for none."""
+    count = args.val_set_size
+    if len(known) <= count:
+        fault = f"{len(known)} rows with an answer within --cutoff {args.cutoff} tokens"
+        raise UserError(f"{args.data} has {fault}, --val-set-size is {count}: nothing to train on")
+    order = random.Random(f"{args.seed} held out").sample(known, len(known))
+    return order[count:], order[:count]
 
-    An estimate for a Llama in float32, 16 vectors of the hidden size and 6 of the intermediate one
-    per token and layer: a CPU's memory runs out without a word, so there is nothing to try.
-    """
-    config = model.config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    token = 4 * config.num_hidden_layers * (16 * config.hidden_size + 6 * inner)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / token
+
+def row_capacity(args: argparse.Namespace, model: "PreTrainedModel", known: list[Example]) -> int:
+    """Tokens of a packed row; 1 where the model would mix the examples of one."""
+    if len(known) > 1 and not isolates(model, known):
+        say("warning: packed examples of this model would mix, so each has a row of its own")
+        return 1
+    return args.micro_batch_tokens or (CPU_ROW if model.device.type == "cpu" else args.cutoff)
+
+
+def settings_to_meet_again(args: argparse.Namespace, device: str, capacity: int) -> Row:
+    """The settings that --resume must not change: all but FREE."""
+    settings = {name: getattr(args, name) for name in args.origin if name not in FREE}
+    settings |= {"seed": args.seed, "limit": args.limit, "micro_batch_tokens": capacity}
+    return settings | {"device": device, "processes": WORLD}
+
+
+def recompute_activations(model: "PreTrainedModel") -> None:
+    """Turn gradient checkpointing on: activations are computed again backward, not kept."""
+    from torch.utils.checkpoint import checkpoint
+
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):  # transformers' switch, a layer at a time
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def report(
@@ -783,12 +790,7 @@ def cut_log(path: Path, step: int) -> None:
 def run_row(run: Run, row: list[Example], weights: list[float]) -> "torch.Tensor":
     """Forward of one row, and backward where gradients are on: [weighted loss, summed loss]."""
     import torch
-    from torch.utils.checkpoint import checkpoint
 
-    for module in run.model.modules():
-        if hasattr(module, "gradient_checkpointing"):  # transformers' switch, a layer at a time
-            module.gradient_checkpointing = sum(map(len, row)) > run.recompute_above
-            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     losses = row_losses(run.model, row)
     loss = (losses * losses.new_tensor(weights)).sum()
     if loss.requires_grad:
@@ -833,12 +835,13 @@ def fit(run: Run) -> None:
             run_row(run, fullest, [1.0] * len(fullest))
             return
         except torch.OutOfMemoryError:
-            if run.recompute_above == 0 or run.args.gradient_checkpointing is False:
+            if run.recompute or run.args.gradient_checkpointing is False:
                 mend = "lower --cutoff or --micro-batch-tokens, or add --load-in-4bit or --shard"
                 raise UserError(f"{fault}: {mend}") from None
         torch.cuda.empty_cache()
         say(f"{fault}: gradient checkpointing is on")
-        run.recompute_above = 0
+        recompute_activations(run.model)
+        run.recompute = True
 
 
 def optimizer_step(
@@ -955,6 +958,16 @@ def train(run: Run) -> None:
                 leave(run, step)
 
 
+def write_outputs(run: Run, inputs: dict[str, Row], counts: Row, started: float) -> None:
+    """Write the adapter's files, the log's last line, and run.json."""
+    out, files = run.args.out, adapter_files(run)
+    for name, data in files.items():
+        write_file(out / name, data)
+    run.log(run.steps, "end", seconds=round(time.monotonic() - run.began, 1))
+    outputs = [out / name for name in (*files, LOG)]
+    finish_run(run.args, inputs=inputs, outputs=outputs, started=started, counts=counts)
+
+
 def is_finished(args: argparse.Namespace) -> bool:
     """Whether --resume has nothing to do; refuses what would lose checkpoints."""
     unfinished = (args.out / UNFINISHED).exists()
@@ -981,7 +994,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     inputs = describe_inputs([check_input(args.data, MEND)])
     run, counts = prepare(args, stop, inputs[str(args.data)]["sha256"])
-    check_unchanged(inputs)
     again = "" if args.resume else " --resume"
     hold = functools.partial(output_folder, args.out, args.overwrite, args.resume, again)
     with hold() if RANK == 0 else nullcontext():  # a run that ended a moment too late stays
@@ -991,13 +1003,12 @@ def main(argv: list[str] | None = None) -> None:
                 shutil.rmtree(old)
         train(run)
         if RANK == 0:
-            for name, data in adapter_files(run).items():
-                write_file(args.out / name, data)
-            run.log(run.steps, "end", seconds=round(time.monotonic() - run.began, 1))
-            finish_run(args, inputs, started, counts=counts | {"steps": run.steps})
-            flags = ["--adapter", str(args.out), "--out", sibling(args.out, "merged")]
-            print(f"wrote {args.out}: {run.steps} steps. Next:")
-            print(f"python merge.py {shlex.join(flags)}")
+            counts["steps"] = run.steps
+            write_outputs(run, inputs, counts, started)
+    if RANK == 0:
+        flags = ["--adapter", str(args.out), "--out", sibling(args.out, "merged")]
+        print(f"wrote {args.out}: {run.steps} steps. Next:")
+        print(f"python merge.py {shlex.join(flags)}")
 
 
 if __name__ == "__main__":

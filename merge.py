@@ -1,46 +1,47 @@
-"""Merge LoRA adapters into a model, a block of rows at a time, and prove what was written.
+"""Merge adapters into a model by PEFT's own code, one module at a time.
 
 Step 4 of 5 (paper, section 3.2). Reads a base model (folder or hub id, safetensors) and adapters
-in PEFT's layout; writes out/merged/: a Hugging Face model folder with the base's own config,
-tokenizer and shards, a model card (README.md) and run.json.
+in PEFT's layout; writes out/merged/: a Hugging Face model folder with shards of 1 GB, the base's
+own config and tokenizer, a model card (README.md) and run.json.
 
     python merge.py --adapter out/lora --out out/small
     python merge.py
     python merge.py --adapter out/a --adapter out/b:0.5 --out out/both
     python merge.py --base-model other --foreign-base --partner-check out/other --out out/camel
 
-The model is never loaded: its tensors are read, changed where an adapter says so, and written in
-blocks of rows. Time: a small multiple of copying the base (benchmarks/merge.py); memory: some
-blocks beside torch (measured: README.md). One adapter of weight 1 gives the bits of PEFT's
-merge_and_unload; several give the exact weighted sum of their changes, rounded once. Then sampled
-rows of every changed tensor are computed again, every other tensor is compared byte by byte, and
-only then does the folder get its name. Kinds of LoRA that are not W + scale * B @ A are refused.
+The model is built without its weights, on torch's meta device, and PEFT puts the adapter around
+it. Then each module that the adapter tunes gets its weights from the base's files, PEFT merges the
+adapter into it, and the result goes into the next output shard; every other tensor is copied. So
+the bits are those of merge_and_unload(), and memory is two output shards at most. Only
+kinds of adapters and options in BY_MODULE go this way, of which tests have seen equal bits; the
+others are merged by PEFT with the whole model in memory, and a line says so. Several adapters are
+added by their weights, in float64, and rounded once. An adapter is refused where a tensor of it
+would not be used, or one that its config selects is missing.
+Time: somewhat less than PEFT's own merge takes, though every file is hashed; memory: two output
+shards beside the libraries (both measured: benchmarks/merge.py).
 """
 
 import argparse
-import hashlib
-import itertools
+import functools
 import json
 import math
 import os
-import random
 import re
 import shlex
 import shutil
-import struct
 import sys
-import threading
 import time
-from collections import Counter, deque, namedtuple
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import build_dataset as shared
-from build_dataset import UserError, check_output, output_folder, refuse
+from build_dataset import UserError, check_output, first_line, output_folder, refuse
 from check_contamination import (
     check_input,
     check_listed,
@@ -51,118 +52,108 @@ from check_contamination import (
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import PreTrainedModel
 
-BLOCK_ELEMENTS = 1 << 18  # of a tensor in work at a time: 1 MB in float32, a core's L2 cache
-AHEAD = 2 << 20  # bytes that may wait to be written and hashed
-ROWS = 64  # blocks start at a multiple of this: BLAS sums in another order where B is unaligned
-SAMPLED = 4  # neighbouring rows computed again in each of three places of a changed tensor
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth")
-OTHER_FILES = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")  # of weights
-EPS = {"F64": 2**-52, "F32": 2**-23, "F16": 2**-10, "BF16": 2**-7}  # from 1 to the next number
-HEADS = ("lm_head", "embed_out")  # transformers' names of the output layer ...
-ENDS = (*HEADS, "embed_tokens", "wte", "word_embeddings", "embed_in")  # ... and the embedding
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # store [in, out] matrices
-PREFIX = "base_model.model."  # PEFT's, before each key of an adapter
-FIELDS = {  # of adapter_config.json
-    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), bool),
-    **{"peft_type": str, "base_model_name_or_path": str, "r": int, "lora_alpha": (int, float)},
-    **{"rank_pattern": dict, "alpha_pattern": dict},
+SHARD_SIZE = "1GB"  # of an output file; two are in memory, one that is made and one written
+MODULES_AT_ONCE = 2  # merged side by side: most of torch's steps here keep one core busy
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+COPIED = (  # files of the base that the merged folder needs, or has to carry along
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("chat_template.json", "chat_template.jinja"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+)
+NO_MATTER = {  # options of any kind that do not change how a module is merged
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
+    *("base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "fan_in_fan_out", "lora_dropout", "vera_dropout", "module_dropout"),
+    *("boft_dropout", "randlora_dropout", "miss_dropout", "vblora_dropout"),
 }
-UNSUPPORTED = (  # PEFT's settings under which an adapter is more than W + scale * B @ A
-    "target_parameters trainable_token_indices layer_replication alora_invocation_tokens use_qalora"
-    " use_bdlora arrow_config velora_config kasa_config monteclora_config megatron_config"
-).split()
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base
-NF4 = {"quant_type": "nf4", "blocksize": 64}  # QLoRA's; 256 of its scales share a scale in turn
-FACTS = "model_type vocab_size hidden_size num_hidden_layers dtype tie_word_embeddings".split()
-Adapter = namedtuple("Adapter", "folder weight config tensors")  # tensors: {key: Stored}
+BY_MODULE = {  # kind: its options with which tests/test_merge.py has seen the bits of PEFT's merge
+    "LORA": {"r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern",
+             "alpha_pattern", "init_lora_weights"},
+    "IA3": {"feedforward_modules"},
+    "VERA": {"r", "d_initial", "projection_prng_key"},
+    "LOHA": {"r", "alpha", "rank_pattern", "alpha_pattern"},
+    "LOKR": {"r", "alpha", "decompose_both", "decompose_factor", "rank_pattern", "alpha_pattern"},
+    "OFT": {"r", "oft_block_size", "use_cayley_neumann"},
+    "BOFT": {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor"},
+    "HRA": {"r", "apply_GS"},
+    "FOURIERFT": {"n_frequency", "scaling", "random_loc_seed"},
+    "RANDLORA": {"r", "randlora_alpha", "projection_prng_key"},
+    "MISS": {"r", "mini_r"},
+    "VBLORA": {"r", "num_vectors", "vector_length", "topk"},
+}  # fmt: skip
+UNSET = (None, [], {})
+NEVER = {  # LoRA: what no merge of PEFT's gets right from the adapter's folder alone, and why
+    "layer_replication": "its layers share weights, so that one would get the changes of all",
+    "alora_invocation_tokens": "it changes only the tokens behind its invocation",
+    "arrow_config": "it chooses among adapters by the input",
+}
+RANDOM_STARTS = ("pissa_niter", "corda", "lora_ga")  # rewrite the base by chance or by data
 PROBE = "Below is an instruction that describes a task. At which temperature does water boil?"
 
 
-class Stored(NamedTuple):
-    """A tensor in a safetensors file, seen as a matrix: all dimensions but the first are one."""
+@dataclass
+class Adapter:
+    """An adapter folder of PEFT's."""
 
-    path: Path
-    dtype: str  # safetensors' name of it
-    shape: tuple[int, ...]
-    begin: int  # bytes from the file's start
-    end: int
-    state: tuple[int, ...]  # of the file, by file_state(), before its header was read
-
-    def raw(self, rows: slice) -> "torch.Tensor":
-        """The bytes of these rows: uint8 [len(rows), bytes of a row]."""
-        import torch
-
-        count = (self.shape or (1,))[0]
-        top, bottom, _ = rows.indices(count)
-        block = torch.empty((bottom - top, (self.end - self.begin) // count), dtype=torch.uint8)
-        with self.path.open("rb") as file:  # not mapped: what is read is all the memory it takes
-            file.seek(self.begin + top * block.shape[1])
-            file.readinto(block.numpy())
-        self.check()
-        return block
-
-    def check(self) -> None:
-        """Refuse a file that has changed since: nobody knows what was read of it."""
-        if shared.file_state(self.path) != self.state:
-            raise UserError(f"{self.path} changed while it was read: run the command again")
-
-    def read(self, rows: slice = slice(None)) -> "torch.Tensor":
-        """These rows: [len(rows), columns]."""
-        import torch
-
-        name = self.dtype.replace("BF", "bfloat").replace("F", "float")  # torch's: BF16, F32, ...
-        return self.raw(rows).view(getattr(torch, name))
-
-    def blocks(self, elements: int = 0) -> Iterator[slice]:
-        """Its rows in blocks of about `elements` numbers that begin at a multiple of ROWS."""
-        rows, columns = (self.shape or (1,))[0], math.prod(self.shape[1:]) or 1
-        step = max(1, (elements or BLOCK_ELEMENTS) // columns // ROWS) * ROWS
-        return (slice(top, min(top + step, rows)) for top in range(0, rows, step))
+    name: str  # PEFT's of it
+    folder: Path
+    weight: float  # among several
+    config: dict[str, Any]
+    keys: set[str]  # of its tensors
 
 
-class Part(NamedTuple):
-    """What one adapter makes of one tensor W: W or its saved copy, plus scale * B @ A."""
+@dataclass
+class Base:
+    """A model folder as it lies on the disk."""
 
-    weight: float  # of the adapter among several
-    scale: float = 1.0
-    a: Stored | None = None  # [rank, in_features]; of an embedding [rank, vocabulary]
-    b: Stored | None = None  # [out_features, rank]; of an embedding [dimension, rank]
-    magnitude: Stored | None = None  # DoRA's: the norms that the rows of the sum are given
-    saved: Stored | None = None  # trained whole: modules_to_save, biases, embeddings
-    embedding: bool = False
-    transposed: bool = False  # W has the shape of (B @ A).T: embeddings and Conv1D
+    folder: Path
+    config: dict[str, Any]
+    files: dict[str, Path]  # tensor -> the file that holds it, in the order of their bytes
+
+    def read(self, name: str) -> "torch.Tensor":
+        """Return one tensor, a view of the mapped file: its numbers are read when they are used."""
+        from safetensors import safe_open
+
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def mapped(self) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Yield (name, tensor): views of the mapped files, whose numbers are not read yet."""
+        from safetensors import safe_open
+
+        for path in dict.fromkeys(self.files.values()):
+            with safe_open(path, "pt") as file:
+                for name in file.offset_keys():
+                    yield name, file.get_tensor(name)
 
 
 @dataclass
 class Plan:
-    """What becomes of the base's tensors."""
+    """The merge of a model module by module."""
 
-    base: Path
-    config: dict[str, Any]
-    shards: list[str]
-    tensors: dict[str, Stored]  # also of a head that was the embedding and becomes its own tensor
-    shared: str | None  # the embedding, where the base has no head of its own
-    parts: dict[str, list[Part]] = field(default_factory=dict)
-    nf4: set[str] = field(default_factory=set)  # matrices that the training had quantised
-    dequantised: bool = False  # ... and that stay what quantisation made of them
-    norms: dict[str, list[float]] | None = None  # layer: squares of weights, change, NF4's error
-
-    def changed(self) -> set[str]:
-        """The tensors that do not keep the base's bytes."""
-        return self.parts.keys() | (self.nf4 if self.dequantised else set())
+    base: Base
+    layers: dict[str, "BaseTunerLayer"]  # by the path of the module that each one tunes
+    disk_names: dict[str, str]  # the model's name of a parameter -> its name on the disk
+    adapter_names: list[str]  # PEFT's names of them
+    work_dtype: "torch.dtype | None" = None  # of the weights while PEFT merges; else their own
+    norms: dict[str, Counter] | None = None  # layer: sums of squares, where they are wanted
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of this step; every impossible setting is named at once."""
+    """Parse the flags of this step; every impossible setting is named at once."""
     parser = shared.make_parser(__doc__, "out/merged")
     add = parser.add_argument_group("models").add_argument
     text = "adapter folder, times WEIGHT (default 1); repeatable (default: out/adapter)"
     add("--adapter", action="append", metavar="DIR[:WEIGHT]", help=text)
     add("--base-model", metavar="MODEL", help="folder or hub id (default: the adapter's own)")
-    text = "add an adapter trained on NF4 to what NF4 made of the base (default: to the base)"
-    add("--dequantised-base", action="store_true", help=text)
     add = parser.add_argument_group("checks").add_argument
     text = "merge into a model that the adapter was not trained on; prints a table of norms"
     add("--foreign-base", action="store_true", help=text)
@@ -173,6 +164,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "compare logits with those of base + adapter (loads one model at a time)"
     add("--check-logits", action="store_true", help=text)
     args = parser.parse_args(argv)
+
     args.adapter = [split_weight(item) for item in args.adapter or ["out/adapter"]]
     alone = args.allow_contaminated and not args.partner_check
     several = len(args.adapter) > 1 or args.adapter[0][1] != 1
@@ -188,7 +180,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def split_weight(item: str) -> tuple[str, float]:
-    """DIR[:WEIGHT] as (folder, weight).
+    """Split DIR[:WEIGHT] into (folder, weight).
 
     >>> split_weight("out/a:0.5"), split_weight("out/a")
     (('out/a', 0.5), ('out/a', 1.0))
@@ -202,439 +194,533 @@ def split_weight(item: str) -> tuple[str, float]:
     return folder, float(weight)
 
 
-def read_json(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object whose `fields`, where there and not null, are of these types."""
-    data = shared.read_json(path)
-    for name, kind in fields.items():
-        value = data.get(name)
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        refuse({f"{path}: {name} cannot be {value!r:.60}": value is not None and not fits})
-    return data
+# --- what is on the disk --------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, in the order of their bytes.
-
-    The format: 8 bytes with the header's length, the header as JSON, then the tensors' bytes.
-    """
+def tensor_names(path: Path) -> list[str]:
+    """List the tensors of a safetensors file in the order of their bytes; refuse a broken one."""
     from safetensors import SafetensorError, safe_open
 
-    state = shared.file_state(path)
     try:
         with safe_open(path, "np") as file:  # checks types, sizes, gaps, and the file's length
-            names = file.offset_keys()
+            return file.offset_keys()
     except SafetensorError as error:
         raise UserError(f"{path} is cut short or no safetensors file: {error}") from None
-    with path.open("rb") as file:
-        start = 8 + struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(start - 8))
-    places = {name: (start + at for at in header[name]["data_offsets"]) for name in names}
-    about = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in names}
-    return {name: Stored(path, *about[name], *places[name], state) for name in names}
 
 
-def read_adapter(folder: Path, weight: float) -> Adapter:
-    """The adapter's configuration and tensors; refuses by name what a merge would get wrong."""
+def read_adapter(name: str, folder: Path, weight: float) -> Adapter:
+    """Read an adapter's configuration and the names of its tensors; refuse what cannot be merged.
+
+    Raises UserError for a pickle, a broken file, and a kind of LoRA that no merge gets right.
+    """
     mend = "write it with: python finetune.py, or name another --adapter"
     path = check_input(check_input(folder, mend) / "adapter_config.json", mend)
-    config = read_json(path, FIELDS)
-    kind, init = config.get("peft_type"), config.get("init_lora_weights")
-    used = [f"{name} = {config[name]!r:.40}" for name in UNSUPPORTED if config.get(name)]
-    numbers = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    wrong = [r for r in numbers if type(r) is not int or not 0 < r < 1e6]
-    numbers = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
-    wrong += [a for a in numbers if type(a) not in (int, float) or not abs(a) < 1e6]
-    weights, pickle = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
-    code = f"t.load({str(pickle)!r}, weights_only=True), {str(weights)!r}"
-    code = f"import torch as t, safetensors.torch as s; s.save_file({code})"
-    hint = f"a pickle, which may run code; convert it: {shlex.join(['python', '-c', code])}"
-    refuse({f"{path}: peft_type is {kind}; only LORA can be merged": kind != "LORA"})
-    refuse({f"{path}: {', '.join(used)} cannot be merged here; try PEFT's own merge": used})
-    refuse({f"{path}: init_lora_weights = {init!r} changed the base": init not in PLAIN_INITS})
-    refuse({f"{path}: {wrong[:1]} is not a rank or an alpha": wrong})
-    refuse({f"{pickle} is {hint}": pickle.exists() and not weights.exists()})
-    return Adapter(folder, weight, config, read_header(check_listed(check_input(weights, mend))))
+    config = shared.read_json(path)
+    weights = folder / ADAPTER
+    pickle = folder / "adapter_model.bin"
+    if pickle.exists() and not weights.exists():
+        code = f"t.load({str(pickle)!r}, weights_only=True), {str(weights)!r}"
+        code = f"import torch as t, safetensors.torch as s; s.save_file({code})"
+        command = shlex.join(["python", "-c", code])
+        raise UserError(f"{pickle} is a pickle, which may run code; convert it: {command}")
+    check_listed(check_input(weights, mend))
+
+    for option, why in NEVER.items():
+        if config.get(option):
+            raise UserError(f"{path}: {option} cannot be merged: {why}")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(RANDOM_STARTS):
+        mend = "save it again with PEFT's path_initial_model_for_weight_conversion"
+        raise UserError(f"{path}: init_lora_weights = {start!r} changed the base by chance; {mend}")
+
+    return Adapter(name, folder, weight, config, keys=set(tensor_names(weights)))
 
 
 def check_numbers(adapter: Adapter) -> None:
-    """Refuse an adapter that holds NaN or whole numbers, or that changes nothing."""
-    folder, trained = adapter.folder, False
-    for name, stored in adapter.tensors.items():
-        refuse({f"{folder}: {name} holds {stored.dtype}, not floats": stored.dtype not in EPS})
-        sizes = [stored.read(rows).abs().max().item() for rows in stored.blocks()]
-        finite = all(map(math.isfinite, sizes))
-        refuse({f"{folder}: {name} holds NaN or infinite numbers": not finite})
+    """Refuse an adapter that holds NaN or infinite numbers, and a LoRA that changes nothing."""
+    from safetensors.torch import load_file
+
+    trained = adapter.config.get("peft_type") != "LORA"
+    for name, tensor in load_file(adapter.folder / ADAPTER).items():
+        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
+            raise UserError(f"{adapter.folder}: {name} holds NaN or infinite numbers")
         # a fresh LoRA has B = 0, of an embedding A = 0
-        trained |= any(sizes) and not re.search(r"lora_A|lora_embedding_B|base_layer", name)
-    refuse({f"{folder} changes nothing: every B is zero (an untrained adapter)": not trained})
+        fresh = re.search(r"lora_A|lora_embedding_B|base_layer", name)
+        if not fresh and tensor.any():
+            trained = True
+    if not trained:
+        raise UserError(f"{adapter.folder} changes nothing: every B is zero (an untrained adapter)")
 
 
-def read_base(name: str) -> Plan:
-    """A plan that changes nothing yet, of a folder or hub id; every shard must be there, whole."""
-    base = shared.model_folder("--base-model", name)
-    path = check_input(base / "config.json", "name a model's folder with --base-model")
-    config = read_json(path, {"model_type": str, "tie_word_embeddings": bool, "vocab_size": int})
-    refuse({f"{path}: quantised; merge into the original": config.get("quantization_config")})
-    listed: dict[str, Any] = {}
-    if not (base / WHOLE).exists() and (base / INDEX).exists():  # the order of transformers
-        listed = read_json(base / INDEX, {"weight_map": dict}).get("weight_map") or {"": ""}
-        bad = [shard for shard in listed.values() if not re.fullmatch(r"\w[\w.-]+", str(shard))]
-        refuse({f"{base / INDEX}: {bad[:1]} is no file of its folder": bad})
-    shards = sorted(set(map(str, listed.values()))) or [WHOLE]
-    if missing := [shard for shard in shards if not (base / shard).is_file()]:
-        code = f"M.from_pretrained({str(base)!r}, dtype='auto').save_pretrained('converted')"
-        code = f"from transformers import AutoModelForCausalLM as M; {code}"
-        pickled = any(file.suffix in PICKLES for file in base.iterdir())
-        hint = f"; convert its pickles: {shlex.join(['python', '-c', code])}" if pickled else ""
-        raise UserError(f"{base} has no {', '.join(missing[:3])}{hint}")
-    tensors = {n: s for shard in shards for n, s in read_header(base / shard).items()}
-    lost = [n for n, s in listed.items() if n not in tensors or tensors[n].path.name != s]
-    refuse({f"{base / INDEX}: {lost[:1]} is not in the shard that it names": lost})
-    ends = [name for name in tensors if layer(name) in ENDS]
-    alone = ends[0] if len(ends) == 1 and layer(ends[0]) not in HEADS else None
-    return Plan(base, config, shards, tensors, alone)
+def read_base(name: str) -> Base:
+    """Find the files of a model, a folder or a hub id; every shard must be there, whole."""
+    folder = shared.model_folder("--base-model", name)
+    path = check_input(folder / "config.json", "name a model's folder with --base-model")
+    config = shared.read_json(path)
+    if config.get("quantization_config"):
+        raise UserError(f"{path}: quantised; merge into the original")
+
+    shards = [WHOLE]
+    if not (folder / WHOLE).exists() and (folder / INDEX).exists():  # the order of transformers
+        listed = read_known(folder / INDEX, "weight_map", dict)
+        shards = sorted({str(shard) for shard in listed.values()})
+    files = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise UserError(f"{folder / INDEX}: {shard} is no file of its folder")
+        if not (folder / shard).is_file():
+            mend = "if the model is in pickles (.bin), save it as safetensors first"
+            raise UserError(f"{folder} has no {shard}; {mend}")
+        files |= dict.fromkeys(tensor_names(folder / shard), folder / shard)
+    if not files:
+        raise UserError(f"{folder} has no tensors")
+    return Base(folder, config, files)
 
 
-# --- which tensor of an adapter changes which of the base -----------------------------------------
+def read_known(path: Path, key: str, kind: type) -> Any:
+    """Read one value of a JSON file that may be missing; an empty `kind` where it is not there."""
+    value = shared.read_json(path).get(key) if path.exists() else None
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: {key} cannot be {value!r:.60}")
+    return value
 
 
-def layer(tensor: str) -> str:
-    """The last name of a tensor's layer: "model.norm.weight" -> "norm"."""
-    return tensor.rpartition(".")[0].rpartition(".")[2]
+# --- the model on the meta device, and which tensor is whose --------------------------------------
 
 
-def base_name(name: str, plan: Plan) -> str | None:
-    """The base's name of a tensor; a head that is the embedding becomes a tensor of its own."""
-    bare = name.partition(".")[2]  # GPT-2's own checkpoint lacks the backbone's name
-    if plan.shared and name in [f"{head}.weight" for head in HEADS]:
-        plan.tensors.setdefault(name, plan.tensors[plan.shared])
-    return name if name in plan.tensors else bare if bare in plan.tensors else None
+def build_without_weights(base: Base) -> "PreTrainedModel":
+    """Build the base model on the meta device: all modules, no memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # configurations go wrong in as many ways as there are models
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{base.folder}/config.json builds no model: {fault}") from None
 
 
-def add_adapter(adapter: Adapter, plan: Plan) -> None:
-    """Add what the adapter changes to the plan; refuses an adapter that would be used in part."""
-    left = {name.removeprefix(PREFIX): stored for name, stored in adapter.tensors.items()}
-    parts: dict[str, Part] = {}
-    for key in sorted(left):
-        found = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_embedding_A)", key)
-        name = base_name(f"{found[1]}.weight", plan) if found else None
-        if name and (b := left.pop(f"{found[1]}.{found[2].replace('_A', '_B')}", None)):
-            a, (stem, kind) = left.pop(key), found.groups()
-            dora = adapter.config.get("use_dora")
-            norms = left.pop(f"{stem}.lora_magnitude_vector", None) if dora else None
-            scale = scaling(adapter, stem, a)
-            parts[name] = Part(adapter.weight, scale, a, b, norms, embedding="embedding" in kind)
-            bias = base_name(f"{stem}.bias", plan)
-            if bias and (extra := left.pop(f"{stem}.lora_B.bias", None)):
-                parts[bias] = Part(adapter.weight, scale, None, extra)
-    for key in sorted(left):
-        if name := base_name(key.replace(".base_layer.", "."), plan):
-            parts[name] = parts.get(name, Part(adapter.weight))._replace(saved=left.pop(key))
-    what = f"{len(left)} of its {len(adapter.tensors)} tensors would be ignored"
-    refuse({f"{adapter.folder} does not fit {plan.base}: {what}: {sorted(left)[:5]}": left})
-    for name, part in parts.items():
-        plan.parts.setdefault(name, []).append(fit_part(adapter, name, part, plan))
-    # PEFT adds the LoRA of either to the one tensor that both are, so that the other changes too;
-    # what was trained has two, hence the head becomes a tensor of its own
-    if plan.shared in plan.parts and not any(layer(name) in HEADS for name in plan.tensors):
-        base_name("lm_head.weight", plan)
+def match_names(model: "PreTrainedModel", base: Base) -> dict[str, str]:
+    """Map a model's parameters to the tensors on the disk, as transformers does when it loads them.
 
-
-def scaling(adapter: Adapter, stem: str, a: Stored) -> float:
-    """alpha / rank, or alpha / sqrt(rank); of patterns the first that ends the module's name."""
-    config, values = adapter.config, []
-    for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        try:
-            known = (config.get(table) or {}).items()
-            fitting = [value for key, value in known if re.match(rf"(.*\.)?({key})$", stem)]
-        except re.error as error:
-            raise UserError(f"{adapter.folder}/adapter_config.json: {table}: {error}") from None
-        values.append([*fitting, config[default]][0])
-    (rank, alpha), shape = values, list(a.shape)
-    refuse({f"{adapter.folder}: {stem} is {shape}, not of rank {rank}": shape[:1] != [rank]})
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def fit_part(adapter: Adapter, name: str, part: Part, plan: Plan) -> Part:
-    """The part with `transposed` settled; refuses shapes and number types that do not fit."""
-    base, shapes = plan.tensors[name], [part.saved.shape] if part.saved else []
-    hint = f"{name} holds {base.dtype}, not floats; merge into the 16-bit original"
-    refuse({f"{base.path}: {hint}": base.dtype not in EPS})
-    if part.b and not part.a:  # of a bias
-        shapes.append(part.b.shape)
-    elif part.b:
-        (out, *_), (rank, into, *_) = (*part.b.shape, 0), (*part.a.shape, 0)
-        conv1d = plan.config.get("model_type") in CONV1D and layer(name) not in HEADS
-        conv1d |= bool(adapter.config.get("fan_in_fan_out")) and out != into
-        part = part._replace(transposed=part.embedding or conv1d and base.shape == (into, out))
-        shapes.append((into, out) if part.transposed else (out, into))
-        norms = part.magnitude.shape if part.magnitude else None
-        fit = norms == ((out,) if adapter.config.get("use_dora") else None)
-        fit &= part.b.shape == (out, rank) and len(part.a.shape) == 2
-        refuse({f"{adapter.folder}: the tensors for {name} do not fit each other": not fit})
-    wrong = [list(shape) for shape in shapes if shape != base.shape]
-    of = " (another vocabulary)" if layer(name) in ENDS else ""
-    what = f"{name} is {list(base.shape)} there, not {wrong[:1]}{of}"
-    refuse({f"{adapter.folder} does not fit {plan.base}: {what}": wrong})
-    return part
-
-
-# --- a block of rows ------------------------------------------------------------------------------
-
-
-def load_factors(part: Part, exact: bool) -> list[Any]:
-    """[A, B, magnitude] of a part in float32, or float64 if exact; None for what it has not."""
-    read = [stored.read() if stored else None for stored in (part.a, part.b, part.magnitude)]
-    factors = [t if t is None else t.double() if exact else t.float() for t in read]
-    if part.b and not part.a:
-        factors[0] = factors[1].new_ones((1, 1))  # of a bias: B @ 1
-    return factors
-
-
-def part_rows(part: Part, factors: list, w: "torch.Tensor", rows: slice) -> "torch.Tensor":
-    """What one adapter makes of the rows `w` [len(rows), columns], before rounding, as in PEFT.
-
-    PEFT sums in the wider of the two number types, but of an embedding it rounds the change first.
+    Left out are tensors on the disk that the model does not know, and those that it converts
+    (experts that it fuses): no module can be merged from these alone.
     """
-    a, b, magnitude = factors
-    if part.saved:
-        w = part.saved.read(rows).to(w.dtype)
-    if b is None:
-        return w
-    total = (b @ a[:, rows]).T if part.transposed else b[rows] @ a
-    total *= part.scale
-    if part.embedding and magnitude is None:
-        return w + total.to(w.dtype)
-    if magnitude is None:
-        for some, of_w in zip(total.split(8), w.split(8), strict=True):
-            some += of_w  # by pieces, for torch first copies what it adds to float32
-        return total
-    total = w + total  # in W's own memory layout, on which the order of summing the norms depends
-    # DoRA sets the norm of every output; the rows of a transposed W are inputs
-    outputs, wanted = (total.T, magnitude) if part.transposed else (total, magnitude[rows])
-    outputs *= wanted / outputs.norm(dim=1, keepdim=True)
-    return total
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    known = model.state_dict()
+    prefix = model.base_model_prefix  # GPT-2's own checkpoint lacks it
+
+    names = {}
+    for name in base.files:
+        parameter, converter = rename_source_key(name, renamings, converters, prefix, known)
+        if parameter not in known and name in known:
+            parameter = name
+        if parameter in known and converter is None:
+            names[parameter] = name
+    return names
 
 
-def elements_of(parts: list[Part], stored: Stored) -> int:
-    """More than the whole matrix where DoRA's norms run down its columns, else 0: a block."""
-    down = any(part.magnitude and part.transposed for part in parts)
-    return math.prod(stored.shape) * ROWS * down
+def wrap(model: "PreTrainedModel", adapters: list[Adapter], base: Base) -> "PeftModel":
+    """Put the adapters around a model; those around one without weights keep their own."""
+    import torch
+    from peft import PeftModel
+
+    weightless = next(model.parameters()).is_meta
+    placing = adapters_stay_in_memory() if weightless else nullcontext()
+    options = {"torch_device": "cpu", "low_cpu_mem_usage": weightless}
+    try:
+        with torch.no_grad(), placing, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that are missing: check_keys() refuses them
+            first = adapters[0]
+            model = PeftModel.from_pretrained(model, first.folder, first.name, **options)
+            for adapter in adapters[1:]:
+                model.load_adapter(adapter.folder, adapter.name, **options)
+    except Exception as error:  # PEFT and torch raise what their parts raise
+        folders = ", ".join(str(adapter.folder) for adapter in adapters)
+        fault = f"{folders} does not fit {base.folder}: {type(error).__name__}: {cause(error)}"
+        raise UserError(fault) from None
+    for adapter in adapters:
+        check_keys(model, adapter)
+    return model.eval()
 
 
-def exact_rows(parts: list, factors: list, w: "torch.Tensor", rows: slice) -> "torch.Tensor":
-    """The rows `w` + the sum of weight * change of all parts, in float64."""
-    total = w = w.double()
-    for part, loaded in zip(parts, factors, strict=True):
-        total = total + part.weight * (part_rows(part, loaded, w, rows) - w)
-    return total
+@contextmanager
+def adapters_stay_in_memory() -> Iterator[None]:
+    """Keep PEFT from moving an adapter to its base's device, which may be meta and hold nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    original = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = original
 
 
-def round_once(exact: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
-    """float64 to the nearest `dtype`, ties to even.
+def cause(error: Exception) -> str:
+    """Take from an error the line that says what is wrong: behind a heading, the second."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return lines[1]
+    return first_line(error)
 
-    torch goes by way of float32, which may round onto a tie; rounded to odd there, it cannot.
+
+def check_keys(model: "PeftModel", adapter: Adapter) -> None:
+    """Refuse an adapter that would be used in part, or lacks a part of what its config selects."""
+    from peft import get_peft_model_state_dict
+
+    options = {"adapter_name": adapter.name, "save_embedding_layers": False}
+    selected = set(get_peft_model_state_dict(model, **options))
+    missing = sorted(selected - adapter.keys)
+    if missing:
+        what = f"{len(missing)} of the {len(selected)} tensors that its config selects are missing"
+        raise UserError(f"{adapter.folder}/{ADAPTER}: {what}: {', '.join(missing[:3])}")
+    ignored = sorted(adapter.keys - selected - set(model.state_dict()))
+    if ignored:
+        what = f"{len(ignored)} of its {len(adapter.keys)} tensors would be ignored"
+        what += f": {', '.join(ignored[:3])}"
+        raise UserError(f"{adapter.folder} does not fit this base: {what}")
+
+
+def check_options(adapter: Adapter) -> None:
+    """Refuse an option that the installed PEFT does not know, and so would leave out."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = str(adapter.config.get("peft_type"))
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UserError(f"{adapter.folder}: peft_type = {kind} is no kind of adapter")
+    known = PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict()
+    for option, value in adapter.config.items():
+        if option not in known and value not in UNSET:
+            what = f"{adapter.folder} has {option} = {value!r:.60}"
+            mend = "install the version of PEFT that saved it"
+            raise UserError(f"{what}, no option of {kind} in this PEFT; {mend}")
+
+
+def why_plainly(adapters: list[Adapter]) -> str:
+    """Say which option of an adapter forbids merging it module by module; empty where none does."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    for adapter in adapters:
+        kind = str(adapter.config.get("peft_type"))
+        if kind not in BY_MODULE:
+            return f"{adapter.folder} is of the kind {kind}"
+        usual = PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict()
+        for option, value in adapter.config.items():
+            seen = option in NO_MATTER or option in BY_MODULE[kind]
+            if not seen and value not in UNSET and value != usual.get(option):
+                return f"{adapter.folder} has {option} = {value!r:.60}"
+        if not isinstance(adapter.config.get("init_lora_weights", True), bool):
+            start = adapter.config["init_lora_weights"]
+            return f"{adapter.folder} has init_lora_weights = {start!r}, which may rewrite the base"
+    return ""
+
+
+def make_plan(base: Base, adapters: list[Adapter]) -> Plan | str:
+    """Plan the merge module by module, or say why the whole model has to be loaded."""
+    import torch
+
+    for adapter in adapters:
+        check_numbers(adapter)
+        check_options(adapter)
+    why = why_plainly(adapters)
+    plan = None
+    if not why:
+        model = build_without_weights(base)
+        disk_names = match_names(model, base)
+        model = wrap(model, adapters, base)
+        plan = Plan(base, find_layers(model), disk_names, [adapter.name for adapter in adapters])
+        if adapters[0].config["peft_type"] == "LORA":
+            plan.work_dtype = torch.float32  # PEFT's own sum, by torch's faster code: the same bits
+        why = find_gap(plan) or find_tie(model)
+    weighted = len(adapters) > 1 or adapters[0].weight != 1
+    if weighted and why:
+        raise UserError(f"{why}: such an adapter can be merged alone only, with weight 1")
+    if weighted:
+        set_weights(plan, adapters)
+    return why or plan
+
+
+def find_layers(model: "PeftModel") -> dict[str, "BaseTunerLayer"]:
+    """Find the layers of an adapter by the paths of the modules that they tune."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {}
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layers[path] = module
+    return layers
+
+
+def find_gap(plan: Plan) -> str:
+    """Say what of the adapter has no numbers, or no tensor on the disk; empty where all has."""
+    for path, layer in plan.layers.items():
+        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+            if not name.startswith("base_layer."):
+                if tensor.is_meta:
+                    return f"{path}.{name} is not in the adapter's file"
+                continue
+            if not tensor.is_meta:
+                return f"{path}.{name} is in the adapter's file"
+            if f"{path}.{name.removeprefix('base_layer.')}" not in plan.disk_names:
+                return f"{path} has no tensor of its own in {plan.base.folder}"
+    return ""
+
+
+def find_tie(model: "PeftModel") -> str:
+    """Say so where the adapter tunes an embedding that is the head, too; else nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    tied = base.config.get_text_config().tie_word_embeddings
+    if tied and isinstance(base.get_input_embeddings(), BaseTunerLayer):
+        return "it tunes an embedding that is the head, too"
+    return ""
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def set_weights(plan: Plan, adapters: list[Adapter]) -> None:
+    """Give each adapter its weight; the changes of all are then summed in float64.
+
+    Only the change of LoRA and rsLoRA is a sum of the adapters': refuses others.
     """
     import torch
 
-    near = exact.float()
-    beyond = torch.where(exact > near, math.inf, -math.inf).float()
-    even = (exact != near) & (near.view(torch.int32) & 1 == 0)
-    odd = torch.where(even, torch.nextafter(near, beyond), near)
-    return odd.to(dtype) if dtype.itemsize == 2 else exact.to(dtype)
+    for adapter in adapters:
+        config = adapter.config
+        other = [name for name in ("use_dora", "modules_to_save") if config.get(name)]
+        if config.get("bias", "none") != "none":
+            other.append("bias")
+        if config.get("peft_type") != "LORA":
+            other.append("peft_type")
+        if other:
+            what = f"{other[0]} = {config[other[0]]!r:.60}"
+            fault = f"{adapter.folder} has {what}: only LoRA and rsLoRA can be weighted and summed"
+            raise UserError(f"{fault}; merge it alone, with weight 1")
+    plan.work_dtype = torch.float64
+    for layer in plan.layers.values():
+        layer.double()
+        for adapter in adapters:
+            if adapter.name in layer.scaling:
+                layer.scaling[adapter.name] *= adapter.weight
 
 
-def nf4_of(stored: Stored) -> Any:
-    """A function of (rows, index of the first) to what 4-bit training saw in their place.
+def merge_by_module(plan: Plan, out: Path) -> list[Path]:
+    """Write the shards of the merged model, and their index; returns the files.
 
-    QLoRA's NF4: the scales of all blocks of the matrix are quantised once more, together.
+    One shard is written while the next is made: two are in memory at most.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        {name: tensor.nbytes for name, tensor in plan.base.mapped()},
+        get_storage_size=lambda size: size,
+        get_storage_id=lambda _: None,  # no tensor on the disk shares another one's numbers
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_SIZE,
+    )
+    remove_shards(out)
+    written = []
+    with ThreadPoolExecutor(1) as writer:
+        writing = None
+        for shard, names in split.filename_to_tensors.items():
+            tensors = new_tensors(plan, names)
+            if writing:
+                writing.result()  # raises what went wrong there
+            writing = writer.submit(write_shard, tensors, out / shard)
+            del tensors  # the writer lets go of them before the next but one is made
+            written.append(out / shard)
+            print(f"{len(written)} of {len(split.filename_to_tensors)} shards", file=sys.stderr)
+        writing.result()
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        shared.write_file(out / INDEX, json.dumps(index, indent=2) + "\n")
+        written.append(out / INDEX)
+    return written
+
+
+def write_shard(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
+    """Write a safetensors file under another name, rename it once it is on the disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
+    except SafetensorError as error:  # a full disk
+        raise UserError(f"{path}: {error}") from None
+    temporary.chmod(0o644)  # safetensors lets only the owner read it
+    shared.sync(temporary)
+    os.replace(temporary, path)
+
+
+def remove_shards(out: Path) -> None:
+    """Remove what a merge that broke off has left: transformers would load the wrong shards."""
+    for left in out.glob("model*.safetensors*"):
+        left.unlink()
+
+
+def new_tensors(plan: Plan, names: list[str]) -> dict[str, "torch.Tensor"]:
+    """Make the tensors of one shard: merged, or copied."""
+    parameters = {name: parameter for parameter, name in plan.disk_names.items()}
+    tensors = {}
+    tuned = {}  # paths, in their order
+    for name in names:
+        path = parameters.get(name, "").rpartition(".")[0]
+        if path in plan.layers:
+            tuned[path] = True
+        else:
+            tensors[name] = plan.base.read(name)
+    with ThreadPoolExecutor(MODULES_AT_ONCE) as threads:
+        for merged in threads.map(functools.partial(merge_layer, plan), tuned):
+            for name in merged.keys() & set(names):
+                tensors[name] = merged[name]
+    return tensors
+
+
+def merge_layer(plan: Plan, path: str) -> dict[str, "torch.Tensor"]:
+    """Let PEFT merge the adapters into one module; returns {name on the disk: merged tensor}.
+
+    The module is on the meta device before and after.
     """
     import torch
-    from bitsandbytes import functional as bnb
 
-    # as one row: bitsandbytes' CPU code misreads 64 weights that go over the end of a row
-    blocks = (stored.read(rows).view(1, -1) for rows in stored.blocks())
-    scales = torch.cat([bnb.quantize_4bit(block, **NF4)[1].absmax for block in blocks])
-    mean = scales.mean()
-    scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256)) + mean
+    layer = plan.layers[path]
+    module = layer.get_base_layer()
+    dtypes = {}
+    for attribute, _ in list(module.named_parameters()):
+        name = plan.disk_names[f"{path}.{attribute}"]
+        stored = plan.base.read(name)
+        if not stored.is_floating_point() or stored.element_size() < 2:
+            hint = f"{name} holds {stored.dtype}; merge into the 16-bit original"
+            raise UserError(f"{plan.base.files[name]}: {hint}")
+        dtypes[attribute] = stored.dtype
+        numbers = stored.to(plan.work_dtype or stored.dtype, copy=True)  # never into the file
+        setattr(module, attribute, torch.nn.Parameter(numbers, requires_grad=False))
+    layer.merge(adapter_names=plan.adapter_names)
 
-    def convert(w: "torch.Tensor", top: int) -> "torch.Tensor":
-        codes, state = bnb.quantize_4bit(w.view(1, -1), **NF4)
-        first = top * w.shape[1] // NF4["blocksize"]
-        state.absmax = scales[first : first + len(state.absmax)]
-        return bnb.dequantize_4bit(codes, state).view(w.shape)
+    merged = {}
+    for attribute, dtype in dtypes.items():
+        name = plan.disk_names[f"{path}.{attribute}"]
+        merged[name] = getattr(module, attribute).detach().to(dtype).contiguous()
+        if not is_finite(merged[name]):
+            raise UserError(f"{name}: the sum is not finite in {dtype}")
+        if plan.norms is not None and attribute == "weight":
+            add_norms(plan, name, merged[name])
+    module.to("meta")
+    return merged
 
-    return convert
+
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """Whether a tensor holds neither NaN nor infinite numbers; much faster than isfinite()."""
+    return all(math.isfinite(end.item()) for end in tensor.aminmax())
 
 
-def new_blocks(plan: Plan, name: str) -> Iterator["torch.Tensor"]:
-    """The bytes of a tensor by blocks of rows: the base's, or changed and rounded once."""
+def add_norms(plan: Plan, name: str, merged: "torch.Tensor") -> None:
+    """Add a matrix to its layer's sums of squares."""
+    number = re.search(r"\.(\d+)\.", name)
+    layer = f"layer {number[1]}" if number else name
+    weights = plan.base.read(name).double()
+    sums = plan.norms.setdefault(layer, Counter())
+    sums["weights"] += weights.square().sum().item()
+    sums["change"] += (merged.double() - weights).square().sum().item()
+
+
+def norm_table(plan: Plan) -> str:
+    """Make a table of each layer's norms: those of the tuned weights and of their change."""
+    rows = []
+    for layer, sums in plan.norms.items():
+        weights = math.sqrt(sums["weights"])
+        change = math.sqrt(sums["change"])
+        cells = [weights, change, change / (weights or math.nan)]
+        rows.append([layer, *(f"{cell:.4g}" for cell in cells)])
+    return markdown_table(["layer", "weights", "change", "change / weights"], rows)
+
+
+def merge_plainly(base: Base, adapters: list[Adapter], out: Path) -> list[Path]:
+    """Merge by PEFT with the whole model in memory; returns the files that were written."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(base.folder, **options)
+    except Exception as error:  # as many kinds as there are models
+        raise UserError(f"{base.folder} cannot be loaded: {cause(error)}") from None
+    model = wrap(model, adapters, base)
+    untie_head(model)
+    try:
+        merged = model.merge_and_unload()
+    except Exception as error:
+        fault = f"PEFT cannot merge {adapters[0].folder}: {cause(error)}"
+        raise UserError(fault) from None
+    remove_shards(out)
+    merged.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    if base.config.get("tie_word_embeddings") and not merged.config.tie_word_embeddings:
+        untie_config(base)
+    return sorted(out.glob("*.safetensors*"))
+
+
+def untie_head(model: "PeftModel") -> None:
+    """Make a head that is the embedding a tensor of its own where the adapter tunes either.
+
+    PEFT would add the change of one to the tensor that both are, which base + adapter did not.
+    """
     import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    stored, parts = plan.tensors[name], plan.parts.get(name, [])
-    if name not in plan.changed():
-        yield from (stored.raw(rows) for rows in stored.blocks())
+    ends = [model.get_base_model().get_input_embeddings()]
+    ends.append(model.get_base_model().get_output_embeddings())
+    if any(end is None for end in ends):
         return
-    exact = len(parts) != 1 or parts[0].weight != 1 or stored.dtype == "F64"
-    factors = [load_factors(part, exact) for part in parts]
-    nf4 = nf4_of(stored) if name in plan.nf4 else None
-    for rows in stored.blocks(elements_of(parts, stored)):
-        w = stored.read(rows)
-        coarse = nf4(w, rows.start) if nf4 else w
-        base = coarse if plan.dequantised else w
-        sums = (parts, factors) if exact else (parts[0], factors[0])
-        total = (exact_rows if exact else part_rows)(*sums, base, rows)
-        if plan.norms is not None and parts:
-            number = re.search(r"\.(\d+)\.", name)
-            found = plan.norms.setdefault(f"layer {number[1]}" if number else name, [0.0] * 3)
-            for i, term in enumerate((base, total - base, coarse - w)):
-                found[i] += term.double().square().sum().item()
-        block = round_once(total, w.dtype) if exact else w.copy_(total)
-        del total  # so that it and the next block's are never both in memory
-        over = not all(math.isfinite(end.item()) for end in block.aminmax())
-        refuse({f"{name}: the sum is not finite in {stored.dtype}": over})
-        yield block.contiguous().view(torch.uint8)
+    tuned = any(isinstance(end, BaseTunerLayer) for end in ends)
+    modules = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    embedding, head = modules
+    if tuned and embedding.weight is head.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
-# --- writing and proving --------------------------------------------------------------------------
+def check_logits(base: Base, adapter: Path, merged: Path) -> dict[str, float]:
+    """Compare the merged model's logits with those of base + adapter; relative distances.
 
-
-class Beside:
-    """Threads that hash, write and sync while the caller computes; a `with` block ends them."""
-
-    def __init__(self) -> None:
-        self.ended, self.syncs = threading.Event(), []
-        # of files as a whole; the other two take the blocks of one file in their order
-        self.files, self.writer, self.hasher = (ThreadPoolExecutor(count) for count in (2, 1, 1))
-
-    def __enter__(self) -> "Beside":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()  # so Ctrl-C waits for a buffer, not for a file
-        for pool in (self.files, self.writer, self.hasher):
-            pool.shutdown(cancel_futures=True)
-
-    def hash(self, path: Path) -> Future:
-        """The sha256 of a file, once it is known."""
-        return self.files.submit(self._hash, path)
-
-    def _hash(self, path: Path) -> str:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(4 << 20))  # 2 ms of work
-        with path.open("rb", buffering=0) as file:
-            while not self.ended.is_set() and (size := file.readinto(buffer)):
-                digest.update(buffer[:size])
-        return digest.hexdigest()
-
-    def write(self, path: Path, blocks: Iterator[Any]) -> Future:
-        """Write a file of these blocks of bytes; its sha256, once it is known. See sync()."""
-        digest, waiting, size = hashlib.sha256(), deque(), 0
-        with path.open("wb") as file:
-            for block in blocks:
-                size += (more := memoryview(block).nbytes)
-                written = self.writer.submit(file.write, block)
-                waiting.append((more, [written, self.hasher.submit(digest.update, block)]))
-                del block  # so that it is not in memory beside the next one
-                while size > AHEAD:
-                    size -= waiting[0][0]
-                    wait(waiting.popleft()[1])
-            for _, jobs in waiting:
-                wait(jobs)
-        self.syncs.append(self.files.submit(self._sync, path))
-        return self.hasher.submit(digest.hexdigest)
-
-    def _sync(self, path: Path) -> None:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-    def sync(self) -> None:
-        """Return when all that was written is on the disk. Raises OSError."""
-        wait(self.syncs)
-
-
-def wait(jobs: Iterable[Future]) -> None:
-    """Return when all jobs are done; raises what one of them raised."""
-    for job in jobs:
-        job.result()
-
-
-def shard_bytes(plan: Plan, shard: str) -> Iterator[Any]:
-    """A new shard's bytes, with a new head behind its embedding: the header, then its blocks."""
-    mine = {name: stored for name, stored in plan.tensors.items() if stored.path.name == shard}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    end = 0
-    for name, stored in mine.items():
-        places = [end, end := end + stored.end - stored.begin]
-        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": places}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors' bytes begin at a multiple of 8
-    yield struct.pack("<Q", len(text)) + text
-    for name in mine:
-        yield from (block.numpy() for block in new_blocks(plan, name))
-
-
-def write_shards(
-    plan: Plan, out: Path, seed: int, beside: Beside
-) -> tuple[Counter, dict[Path, Future]]:
-    """Write every shard and read it again: (what proved them, sha256 by file)."""
-    proof, hashes = Counter(), {}
-    for number, shard in enumerate(plan.shards, 1):
-        hashes[out / shard] = beside.write(out / shard, shard_bytes(plan, shard))
-        for name, new in read_header(out / shard).items():
-            proof += prove(plan, name, new, seed)
-        print(f"shard {number} of {len(plan.shards)} written and proved", file=sys.stderr)
-    return proof, hashes
-
-
-def prove(plan: Plan, name: str, new: Stored, seed: int) -> Counter:
-    """Compare a written tensor: sampled rows with a float64 sum, or if unchanged every byte."""
-    old, parts = plan.tensors[name], plan.parts.get(name, [])
-    if name not in plan.changed():
-        pairs = ((old.raw(rows).numpy(), new.raw(rows).numpy()) for rows in old.blocks())
-        same = old[1:3] == new[1:3] and all(a.tobytes() == b.tobytes() for a, b in pairs)
-        assert same, f"{name} in {new.path} is not what {old.path} holds"
-        return Counter(tensors_equal_to_base=1)
-    factors, count = [load_factors(part, exact=True) for part in parts], (old.shape or (1,))[0]
-    nf4 = nf4_of(old) if plan.dequantised and name in plan.nf4 else None
-    sample = count if elements_of(parts, old) else ROWS if nf4 else SAMPLED
-    last = (count - 1) // ROWS * ROWS if sample < count else 0
-    tops = {0, random.Random(f"{seed} {name}").randrange(0, last + 1, ROWS), last}
-    for rows in [slice(top, min(top + sample, count)) for top in tops]:
-        w = nf4(old.read(rows), rows.start) if nf4 else old.read(rows)
-        expected = exact_rows(parts, factors, w, rows)
-        change = (expected - w).abs()
-        # a unit in the last place of whatever was rounded; float32 errs in all terms of a row
-        slack = EPS[new.dtype] * (expected.abs() + w.abs() + change) + 1e-5 * change.max()
-        off = ((new.read(rows) - expected).abs() - slack).max().item()
-        assert off <= 0, f"{name} in {new.path} is off by {off} in rows {rows}"
-    return Counter(rows_computed_again=len(tops) * min(sample, count))
-
-
-def check_logits(plan: Plan, adapter: Path, merged: Path) -> dict[str, float]:
-    """Relative distances of the merged model's logits to base + adapter's and to the base's.
-
-    In float32, so that all that is left is the rounding of the merged weights; UserError if the
-    first is above 16 units of it.
+    In float32, so that all that is left is the rounding of the merged weights. UserError where the
+    distance is above 16 units of that rounding.
     """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ids = torch.arange(16)[None] % (plan.config.get("vocab_size") or 16)
-    if any((plan.base / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        ids = AutoTokenizer.from_pretrained(plan.base)(PROBE, return_tensors="pt")["input_ids"]
+    ids = torch.arange(16)[None] % (base.config.get("vocab_size") or 16)
+    if any((base.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
+        ids = tokenizer(PROBE, return_tensors="pt")["input_ids"]
+    options = {"dtype": torch.float32, "trust_remote_code": False}
     with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32).eval()
-        base = model(ids).logits
-        both = PeftModel.from_pretrained(model, adapter).eval()(ids).logits
-        model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(base.folder, **options).eval()
+        of_base = model(ids).logits
+        of_both = PeftModel.from_pretrained(model, adapter).eval()(ids).logits
+        model = AutoModelForCausalLM.from_pretrained(merged, **options).eval()
         ours = model(ids).logits
-    found = {"to_base_and_adapter": both, "to_base": base}
-    found = {name: ((ours - x).norm() / x.norm()).item() for name, x in found.items()}
+
+    found = {
+        "to_base_and_adapter": ((ours - of_both).norm() / of_both.norm()).item(),
+        "to_base": ((ours - of_base).norm() / of_base.norm()).item(),
+    }
     print("logits, relative distance of the merged model:", found)
-    most = max(1e-4, *(16 * EPS[plan.tensors[name].dtype] for name in plan.parts))
-    far = not found["to_base_and_adapter"] <= most
-    refuse({f"--check-logits: merged and base + adapter differ: {found}": far})
+    dtypes = {tensor.dtype for _, tensor in base.mapped() if tensor.is_floating_point()}
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    if not found["to_base_and_adapter"] <= max(1e-4, 16 * coarsest):
+        raise UserError(f"--check-logits: merged and base + adapter differ: {found}")
     return found
 
 
@@ -642,253 +728,264 @@ def check_logits(plan: Plan, adapter: Path, merged: Path) -> dict[str, float]:
 
 
 def open_pairs(folder: Path) -> dict[str, str]:
-    """{pair: training row} of the contamination pairs that nobody decided to be not-a-leak."""
+    """Read the contamination pairs that nobody decided to be not-a-leak: {pair: training row}."""
     decisions = read_decisions(folder / "decisions.jsonl")
-    pairs = read_jsonl(folder / "pairs.jsonl", {"pair_id": str, "train_id": str})
-    leaks = (p for p in pairs if decisions.get(p["pair_id"], {}).get("verdict") != "not-a-leak")
-    return {pair["pair_id"]: pair["train_id"] for pair in leaks}
+    pairs = {}
+    for pair in read_jsonl(folder / "pairs.jsonl", {"pair_id": str, "train_id": str}):
+        verdict = decisions.get(pair["pair_id"], {}).get("verdict")
+        if verdict != "not-a-leak":
+            pairs[pair["pair_id"]] = pair["train_id"]
+    return pairs
 
 
-def training_of(adapter: Adapter, warnings: list[str]) -> dict[str, Any]:
-    """What is known of an adapter: its hash, its data, their licences and leaks; adds warnings."""
-    path = adapter.folder / "run.json"
-    inputs = read_json(path, {"inputs": dict}).get("inputs") or {} if path.exists() else {}
+def describe_training(adapter: Adapter) -> dict[str, Any]:
+    """Collect what is known of an adapter: its hash, its data, their licences and leaks."""
     about: dict[str, Any] = {"folder": str(adapter.folder), "weight": adapter.weight}
-    about["sha256"] = shared.sha256_of(adapter.folder / "adapter_model.safetensors")
-    about["data"] = {name: known for name, known in inputs.items() if ".json" in Path(name).suffix}
-    for data, known in about["data"].items():
-        if Path(data).exists() and isinstance(known, dict):
-            if shared.sha256_of(Path(data)) == known.get("sha256"):
-                rows = read_jsonl(Path(data), {})
-                about["licences"] = Counter(str(row.get("licence", "unknown")) for row in rows)
-                if Path(data).with_name("pairs.jsonl").exists():
-                    leaks = set(open_pairs(Path(data).parent).values())
-                    about["flagged_rows"] = sum(row.get("id") in leaks for row in rows)
-                    about["contamination"] = str(Path(data).parent)
-    if many := about.get("flagged_rows", "an unknown number of"):
-        warnings.append(f"{adapter.folder} was trained on {many} rows that are flagged as leaks")
+    about["sha256"] = shared.sha256_of(adapter.folder / ADAPTER)
+    about["data"] = {}
+    for name, known in read_known(adapter.folder / "run.json", "inputs", dict).items():
+        if Path(name).suffix not in (".json", ".jsonl"):
+            continue
+        about["data"][name] = known
+        recorded = known.get("sha256") if isinstance(known, dict) else None
+        if Path(name).is_file() and shared.sha256_of(Path(name)) == recorded:
+            about |= describe_rows(Path(name))
     return about
 
 
-def check_origin(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) -> list[str]:
-    """Compare the base with the one that each adapter was trained on; returns warnings.
+def describe_rows(data: Path) -> dict[str, Any]:
+    """Count the licences of a training set's rows, and the rows that are flagged as leaks."""
+    rows = read_jsonl(data, {})
+    about: dict[str, Any] = {}
+    about["licences"] = Counter(str(row.get("licence", "unknown")) for row in rows)
+    if data.with_name("pairs.jsonl").exists():
+        leaks = set(open_pairs(data.parent).values())
+        about["flagged_rows"] = sum(row.get("id") in leaks for row in rows)
+        about["contamination"] = str(data.parent)
+    return about
 
-    Prepares the plan for 4-bit training and for a foreign base; refuses one not asked for.
+
+def compare_with_origin(args: argparse.Namespace, base: Base, adapter: Adapter) -> str:
+    """Compare the base with the one that an adapter was trained on; returns a warning, or nothing.
+
+    Refuses another base without --foreign-base.
     """
     from finetune import base_fingerprint
 
-    warnings, quantised = [], False
-    try:
-        found = base_fingerprint(plan.base)
-    except (ValueError, LookupError, TypeError):  # headers that were good a moment ago
-        raise UserError(f"{plan.base} changed while it was read: run the command again") from None
-    for folder, _, config, _ in adapters:
-        path = folder / "base_fingerprint.json"
-        known = read_json(path, {"load_in_4bit": bool}) if path.exists() else {}
-        quantised |= known.get("load_in_4bit") or False
-        differ = [part for part in found if known and known.get(part) != found[part]]
-        theirs = Path(str(known.get("base_model") or config.get("base_model_name_or_path")))
-        config_file = theirs / "config.json"  # os.path: a name may be too long to be one
-        other = read_json(config_file, {}) if os.path.isfile(config_file) else {}
-        pairs = {fact: (other[fact], plan.config.get(fact)) for fact in FACTS if fact in other}
-        facts = [f"{fact} {a} -> {b}" for fact, (a, b) in pairs.items() if a != b]
-        what = (
-            f"{folder} was trained on {theirs}; {plan.base} differs in its {' and '.join(differ)}"
+    path = adapter.folder / "base_fingerprint.json"
+    if not path.exists():
+        return f"no {path}: whether {base.folder} is the base it was trained on"
+    known = shared.read_json(path)
+    if known.get("load_in_4bit"):
+        print(
+            f"{adapter.folder} was trained on NF4; the merge is into the 16-bit weights. To score "
+            "it on NF4: python evaluate.py --load-in-4bit --adapter",
+            file=sys.stderr,
         )
-        what += f": {', '.join(facts)}" * bool(facts)
-        foreign = differ and not args.foreign_base or "model_type" in " ".join(facts)
-        refuse({f"{what}; if you mean it, add --foreign-base": foreign})
-        if differ:
-            warnings.append(what)
-        elif known:
-            print(f"{plan.base} is the base that {folder} was trained on: fingerprints agree")
-        else:
-            warnings.append(f"no {path}: whether {plan.base} is the base it was trained on")
-    refuse({"--dequantised-base: not trained on NF4": args.dequantised_base and not quantised})
-    if quantised or args.foreign_base:
-        plan.norms, plan.dequantised = {}, args.dequantised_base
-        linear = {n for n, s in plan.tensors.items() if len(s.shape) == 2 and layer(n) not in ENDS}
-        plan.nf4 = linear if quantised else set()
-    return warnings + check_partner(args)
+    found = base_fingerprint(base.folder)
+    differ = [part for part in found if known.get(part) != found[part]]
+    if not differ:
+        print(f"{base.folder} is the base that {adapter.folder} was trained on: fingerprints agree")
+        return ""
+
+    origin = known.get("base_model") or adapter.config.get("base_model_name_or_path")
+    what = f"{adapter.folder} was trained on {origin}; {base.folder} differs in its "
+    what += " and ".join(differ)
+    if not args.foreign_base:
+        raise UserError(f"{what}; if you mean it, add --foreign-base")
+    return what
 
 
-def check_partner(args: argparse.Namespace) -> list[str]:
-    """The paper's rule: no merge with a model that was trained on benchmark questions; warnings."""
+def check_partner(args: argparse.Namespace) -> str:
+    """Keep the paper's rule: no merge with a model that was trained on benchmark questions.
+
+    Returns a warning, or nothing.
+    """
     folder = args.partner_check
     if not folder:
         warning = "no --partner-check: the other model may know benchmark questions"
-        return [warning] if args.foreign_base else []
+        return warning if args.foreign_base else ""
     check_input(folder / "pairs.jsonl", "python check_contamination.py writes it")
     pairs = len(open_pairs(folder))
     what = f"{folder}: {pairs} pairs are not decided not-a-leak"
-    mend = f"{what}; see them with python tui.py {folder}"
-    refuse({mend: pairs and not args.allow_contaminated})
-    return [f"{what}, and it was merged all the same"] * bool(pairs)
-
-
-def norm_table(plan: Plan) -> dict[str, list[str]]:
-    """Print per layer the norms of weights, change, and what NF4 took; {"norms": the lines}."""
-    rows, count = [], 5 if plan.nf4 else 3
-    for name, squares in plan.norms.items():
-        w, change, error = (math.sqrt(square) for square in squares)
-        cells = [w, change, change / (w or math.nan), error, error / (change or math.nan)]
-        rows.append([name, *(f"{cell:.4g}" for cell in cells[:count])])
-    headers = ["layer", "weights", "change", "change / weights", "NF4 error", "error / change"]
-    print(table := markdown_table(headers[: count + 1], rows))
-    return {"norms": table.splitlines()}
+    if pairs and not args.allow_contaminated:
+        raise UserError(f"{what}; see them with python tui.py {folder}")
+    return f"{what}, and it was merged all the same" if pairs else ""
 
 
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def write_rest(plan: Plan, about: dict[str, Any], out: Path) -> None:
-    """The base's config, tokenizer, licence files and index, and a model card of its own."""
-    for path in sorted(plan.base.iterdir()):
-        own = path.name in ("run.json", "README.md", INDEX) or path.name.startswith(".")
-        if path.is_file() and not own and path.suffix not in OTHER_FILES:
-            shutil.copyfile(path, out / path.name)
-    if any(layer(name) in ENDS for name in plan.parts):
-        config = {**plan.config, "tie_word_embeddings": False}
-        shared.write_file(out / "config.json", json.dumps(config, indent=2) + "\n")
-    if plan.shards != [WHOLE]:
-        total = sum((out / shard).stat().st_size for shard in plan.shards)
-        places = {name: about.path.name for name, about in sorted(plan.tensors.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        shared.write_file(out / INDEX, json.dumps(index, indent=2) + "\n")
-    card = plan.base / "README.md"
+def copy_rest(base: Base, out: Path) -> list[Path]:
+    """Copy the base's tokenizer, licences and configuration; returns the copies."""
+    copies = []
+    for pattern in COPIED:
+        for path in sorted(base.folder.glob(pattern)):
+            if path.is_file():
+                shared.write_file(out / path.name, path.read_bytes())
+                copies.append(out / path.name)
+    if shared.read_json(base.folder / "config.json") != base.config:
+        shared.write_file(out / "config.json", json.dumps(base.config, indent=2) + "\n")
+    return copies
+
+
+def untie_config(base: Base) -> None:
+    """Write down that the head is no longer the embedding."""
+    base.config["tie_word_embeddings"] = False
+    text = base.config.get("text_config")  # of models that also see or hear
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        text["tie_word_embeddings"] = False
+
+
+def write_card(base: Base, about: dict[str, Any], out: Path) -> Path:
+    """Write the model card: licences, the chain of bases and adapters, data, warnings."""
+    card = base.folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
-    licence = re.findall(r"^license\w*: *(.+)$", text, re.MULTILINE) or ["not stated in its card"]
-    lines = ["# A merged model", f"Licence of the base: {', '.join(licence)}. It and those of the "
-             "training data apply to this model. `run.json` holds all hashes."]  # fmt: skip
-    steps = ((step.get("base_model"), step.get("adapters")) for step in about["lineage"])
-    lines += [f"- base `{base}`, adapters {counted(adapters)}" for base, adapters in steps]
+    licences = re.findall(r"^license\w*: *(.+)$", text, re.MULTILINE) or ["not stated in its card"]
+    lines = ["# A merged model"]
+    lines.append(
+        f"Licence of the base: {', '.join(licences)}. It and those of the training data apply to "
+        "this model. `run.json` holds all hashes."
+    )
+    for step in about["lineage"]:
+        adapters = count_names(step.get("adapters"))
+        lines.append(f"- base `{step.get('base_model')}`, adapters {adapters}")
     for adapter in about["adapters"]:
-        lines.append(f"- `{adapter['folder']}`, sha256 {adapter['sha256']}, rows flagged as leaks: "
-                     f"{adapter.get('flagged_rows', 'unknown')}, data {json.dumps(adapter['data'])}"
-                     f", licences of rows: {counted(adapter.get('licences'))}")  # fmt: skip
-    lines += [f"- **warning**: {warning}" for warning in about["warnings"]]
+        flagged = adapter.get("flagged_rows", "unknown")
+        lines.append(
+            f"- `{adapter['folder']}`, sha256 {adapter['sha256']}, rows flagged as leaks: {flagged}"
+            f", data {json.dumps(adapter['data'])}"
+            f", licences of rows: {count_names(adapter.get('licences'))}"
+        )
+    for warning in about["warnings"]:
+        lines.append(f"- **warning**: {warning}")
     shared.write_file(out / "README.md", "\n\n".join(lines) + "\n")
+    return out / "README.md"
 
 
-def counted(found: Any) -> str:
-    """A dict of name -> number as text: {"MIT": 54} is "MIT (54)"."""
-    items = found.items() if isinstance(found, dict) else ()
-    return ", ".join(f"{name} ({number})" for name, number in items) or "unknown"
+def count_names(found: Any) -> str:
+    """Write a dict of name -> number as text: {"MIT": 54} is "MIT (54)"."""
+    if not isinstance(found, dict) or not found:
+        return "unknown"
+    return ", ".join(f"{name} ({number})" for name, number in found.items())
 
 
-@contextmanager
-def folder_aside(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well, and else disappears."""
-    aside, stale = out.resolve().with_name(f".{out.resolve().name}.tmp"), {}
-    if (aside / "run.json").exists() and (out / shared.UNFINISHED).exists():
-        stale = read_json(aside / "run.json", {"outputs": dict})["outputs"]  # killed while renaming
-    with output_folder(aside, overwrite=True):
-        try:
-            for left in set(aside.iterdir()) - {aside / shared.UNFINISHED}:
-                left.unlink()
-            yield aside
-        except BaseException:
-            shutil.rmtree(aside)
-            raise
-        try:  # nobody else may take `aside` before all of it has moved
-            with output_folder(out, overwrite):
-                for name in stale:
-                    (out / name).unlink(missing_ok=True)
-                moved = set(aside.iterdir()) - {aside / shared.UNFINISHED}
-                for path in sorted(moved, key=lambda path: path.name == "run.json"):
-                    os.replace(path, out / path.name)
-        except UserError:  # another process has finished `out`
-            shutil.rmtree(aside)
-            raise
-    with suppress(OSError):  # a third process has begun in it
-        aside.rmdir()
-
-
-def check_room(args: argparse.Namespace, plan: Plan, adapters: list[Adapter]) -> None:
-    """Refuse an output inside an input, and a disk or memory that is too small, before any work."""
+def check_room(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> None:
+    """Refuse an output inside an input, and a disk that is too small, before any work."""
     out = args.out.resolve()
-    inputs = (plan.base, *(adapter.folder for adapter in adapters))
-    inside = [str(folder) for folder in inputs if folder.resolve() in out.parents]
-    size = sum((plan.base / shard).stat().st_size for shard in plan.shards)
-    free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
-    need = 5 * sum(math.prod(about.shape) for about in plan.tensors.values())  # float32 and more
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    refuse({f"--out {args.out} lies inside {inside[:1]}, an input; name another folder": inside})
-    refuse({f"{args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free": size > free})
-    much = f"--check-logits: {need / 1e9:.1f} GB of memory needed, {memory / 1e9:.1f} free"
-    refuse({much: args.check_logits and need > memory})
+    for folder in (base.folder, *(adapter.folder for adapter in adapters)):
+        if folder.resolve() in out.parents:
+            raise UserError(f"--out {args.out} lies inside {folder}, an input; name another folder")
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if args.overwrite:
+        free += sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in set(base.files.values()))
+    if size > free:
+        raise UserError(f"{args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free")
 
 
-def make_plan(args: argparse.Namespace) -> tuple[Plan, list[Adapter]]:
-    """What becomes of the base, and the adapters; sets args.base_model where no flag has."""
-    adapters = [read_adapter(Path(folder), weight) for folder, weight in args.adapter]
-    args.base_model = args.base_model or adapters[0].config.get("base_model_name_or_path") or ""
-    plan = read_base(args.base_model)
-    check_output(args.out, args.overwrite, plan.base, *(adapter.folder for adapter in adapters))
+def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> dict[str, Any]:
+    """Check where base, adapters and partner come from; returns what card and run.json say of it.
+
+    Prints the warnings.
+    """
+    found = [compare_with_origin(args, base, adapter) for adapter in adapters]
+    found.append(check_partner(args))
+    described = []
     for adapter in adapters:
-        add_adapter(adapter, plan)
-    check_room(args, plan, adapters)
-    return plan, adapters
-
-
-def describe_merge(args: argparse.Namespace, plan: Plan, adapters: list) -> dict[str, Any]:
-    """What the card and run.json say of the models, once checked; prints warnings."""
-    for adapter in adapters:
-        check_numbers(adapter)
-    warnings = check_origin(args, plan, adapters)
-    about: dict[str, Any] = {"settings": vars(args), "base_model": args.base_model}
-    about["counts"] = {"tensors": len(plan.tensors), "changed": len(plan.changed())}
-    about |= {"adapters": [training_of(a, warnings) for a in adapters], "warnings": warnings}
-    before = read_json(p, {"lineage": list}) if (p := plan.base / "run.json").exists() else {}
-    steps = [known for known in before.get("lineage") or [] if isinstance(known, dict)]
-    used = {adapter["folder"]: adapter["weight"] for adapter in about["adapters"]}
-    about["lineage"] = [*steps, {"base_model": args.base_model, "adapters": used}]
-    for warning in warnings:
+        known = describe_training(adapter)
+        described.append(known)
+        rows = known.get("flagged_rows", "an unknown number of")
+        if rows:
+            what = f"{rows} rows that are flagged as leaks"
+            found.append(f"{adapter.folder} was trained on {what}")
+    found = [warning for warning in found if warning]
+    for warning in found:
         print(f"warning: {warning}", file=sys.stderr)
+
+    before = read_known(base.folder / "run.json", "lineage", list)
+    lineage = [step for step in before if isinstance(step, dict)]
+    used = {known["folder"]: known["weight"] for known in described}
+    lineage.append({"base_model": args.base_model, "adapters": used})
+    return {
+        "base_model": args.base_model,
+        "adapters": described,
+        "warnings": found,
+        "lineage": lineage,
+    }
+
+
+def read_adapters(args: argparse.Namespace) -> list[Adapter]:
+    """Read all adapters, and set args.base_model to their base where no flag names one."""
+    adapters = []
+    for number, (folder, weight) in enumerate(args.adapter):
+        adapters.append(read_adapter(f"adapter-{number}", Path(folder), weight))
+    own = adapters[0].config.get("base_model_name_or_path")
+    args.base_model = args.base_model or str(own or "")
+    return adapters
+
+
+def input_files(base: Base, adapters: list[Adapter]) -> list[Path]:
+    """List the files that decide the result."""
+    files = [base.folder / "config.json", *dict.fromkeys(base.files.values())]
+    for adapter in adapters:
+        files += [adapter.folder / "adapter_config.json", adapter.folder / ADAPTER]
+    return files
+
+
+def report(plan: Plan) -> dict[str, Any]:
+    """Print the table of norms, where there is one; returns it and counts for run.json."""
+    about: dict[str, Any] = {"counts": {"tuned_modules": len(plan.layers)}}
+    if plan.norms is not None:
+        table = norm_table(plan)
+        print(table)
+        about["norms"] = table.splitlines()
     return about
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Adapters + base -> checks -> shards, proved one by one -> folder."""
+    """Adapters + base -> checks -> shards -> folder."""
     started = time.monotonic()
     args = parse_args(argv)
-    plan, adapters = make_plan(args)
-    inputs = [plan.base / name for name in ("config.json", *plan.shards)]
-    stored = ("adapter_config.json", "adapter_model.safetensors")
-    inputs += [adapter.folder / name for adapter in adapters for name in stored]
-    with Beside() as beside:
-        hashes = {file: beside.hash(file) for file in inputs}
-        import torch  # takes a second, hence after the hashes were begun
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages, a third less CPU time
+    adapters = read_adapters(args)
+    base = read_base(args.base_model)
+    check_output(args.out, args.overwrite, base.folder, *(adapter.folder for adapter in adapters))
+    check_room(args, base, adapters)
+    with ThreadPoolExecutor(1) as beside:  # hashes, while the libraries are imported
+        hashing = beside.submit(shared.describe_inputs, input_files(base, adapters))
+        about = describe_merge(args, base, adapters)
+        plan = make_plan(base, adapters)
+        inputs = hashing.result()
 
-        torch.set_num_threads(1)  # several would wait for each other at the end of each block
-        about = describe_merge(args, plan, adapters)
-        with folder_aside(args.out, args.overwrite) as aside:
-            about["proof"], written = write_shards(plan, aside, args.seed, beside)
-            hashes |= written
-            about |= norm_table(plan) if plan.norms else {}
-            write_rest(plan, about, aside)
-            if args.check_logits:
-                about["logits"] = check_logits(plan, adapters[0].folder, aside)
-            beside.sync()
-            for stored in itertools.chain(*(of.tensors.values() for of in (plan, *adapters))):
-                stored.check()
-            found = {file: job.result() for file, job in hashes.items()}
-            described = shared.describe_inputs(inputs, found)
-            inside = argparse.Namespace(**{**vars(args), "out": aside})
-            shared.finish_run(inside, described, started, hashes=found, **about)
-    print(f"wrote {args.out}: {len(plan.changed())} of {len(plan.tensors)} tensors changed. Next:")
+    with output_folder(args.out, args.overwrite):
+        if isinstance(plan, str):
+            print(f"merging with the whole model in memory: {plan}", file=sys.stderr)
+            outputs = merge_plainly(base, adapters, args.out)
+        else:
+            plan.norms = {} if args.foreign_base else None
+            outputs = merge_by_module(plan, args.out)
+            about |= report(plan)
+        outputs += copy_rest(base, args.out)
+        outputs.append(write_card(base, about, args.out))
+        if args.check_logits:
+            about["logits"] = check_logits(base, adapters[0].folder, args.out)
+        shared.finish_run(args, inputs, outputs, started, **about)
+    print(f"wrote {args.out}. Next:")
     print(shlex.join(next_command(args, about["adapters"])))
 
 
 def next_command(args: argparse.Namespace, adapters: list[dict[str, Any]]) -> list[str]:
-    """How to evaluate the model, on the files and verdicts that the contamination check had."""
+    """Name the command that evaluates the model, on the files that the contamination check had."""
     command = ["python", "evaluate.py", "--model", args.base_model, "--model", str(args.out)]
     command += ["--out", shared.sibling(args.out, "eval")]
-    if folder := adapters[0].get("contamination"):
-        path = Path(folder) / "run.json"
-        run = read_json(path, {"settings": dict}) if path.exists() else {}
-        local = (run.get("settings") or {}).get("local")
-        command += ["--contamination", folder, *(["--local", str(local)] if local else [])]
+    folder = adapters[0].get("contamination")
+    if folder:
+        command += ["--contamination", folder]
+        settings = read_known(Path(folder) / "run.json", "settings", dict)
+        if settings.get("local"):
+            command += ["--local", str(settings["local"])]
     return command
 
 

@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,7 +50,6 @@ from build_dataset import (
     read_object,
     read_records,
     run_main,
-    sealed,
     sha256_of,
 )
 from check_contamination import VERDICTS, append_decision, removed_ids
@@ -664,7 +663,9 @@ def result_parts(rows: list[Row], order: str, wide: bool) -> Parts:
         parts.append((f"{model} over {base}, sorted by {order}\n", "bold"))
         parts.append((TABLE.format(*head) + MORE.format(*more) * wide + "\n", DIM))
         chosen = [row for row in rows if (row["base"], row["model"]) == (base, model)]
-        for row in sorted(chosen, key=RESULT_ORDERS[order]):
+        chosen.sort(key=RESULT_ORDERS[order])
+        chosen.sort(key=lambda row: row["task"] != "average")  # a stable sort: it alone moves up
+        for row in chosen:
             tone = {"better": "$text-success", "worse": "$text-error"}.get(row["verdict"], "")
             change = f"{row['change']:+.1f}" + (" pt" if row["percent"] is None else "%")
             scores = [short(row[k], ".1f") for k in ("base_score", "score")]
@@ -690,71 +691,7 @@ class StepState(NamedTuple):
     counts: str
     why: str
     command: str
-    whole: bool = False  # finished, and every file that it read or wrote is there, as recorded
-
-
-@functools.lru_cache(maxsize=4096)
-def hash_known(path: Path, state: tuple[int, ...]) -> str:
-    """The sha256 of a file in this state: computed again only when it changes."""
-    return sha256_of(path)
-
-
-def is_held(mark: Path) -> bool:
-    """Whether a living process holds a step's folder; lets go of it at once."""
-    with contextlib.suppress(FileNotFoundError, PermissionError), mark.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def pipeline_states(folder: Path, hashed: bool = True) -> list[StepState]:
-    """Every step's folders in order; `folder` is the pipeline's, or one step's own. Reads only.
-
-    hashed: compare files with run.json, which takes long where they are large; else nothing is
-    called stale or edited. Raises OSError.
-    """
-    root = folder.absolute().parent if is_step(folder) else folder
-    found: dict[Any, list[Path]] = defaultdict(list)
-    for path in filter(is_step, sorted(root.iterdir())):
-        found[script_of(path)].append(path)
-    states, usual, at = [], True, {"base": "BASE"}
-    for name, (script, inputs) in STEPS.items():
-        folder = (found[script] or [root / name])[-1]
-        usual &= folder == Path("out") / name
-        flags = f" {inputs.format(**at)}--out {shlex.quote(str(folder))}" * (not usual)
-        missing = StepState(script, folder, "not run", "", "", f"python {script}.py{flags}")
-        states += [step_state(path, hashed) for path in found[script]] or [missing]
-        at[name] = shlex.quote(str(folder))
-        base = read_object(folder / "run.json").get("base_model")
-        at |= {"base": shlex.quote(one_line(base))} if isinstance(base, str) else {}
-    return states
-
-
-def lineage(folder: Path) -> list[StepState]:
-    """The steps that a folder's files came from, rows first and the folder last, all hashed again.
-
-    Every input in a run.json leads to the folder it lies in. Of a folder of steps: all of them.
-    """
-    found: dict[Path, StepState | None] = {}
-
-    def visit(path: Path) -> None:
-        key = path.resolve()
-        if key in found or not is_step(path):
-            return
-        found[key] = None
-        for name in [name for run in RUNS for name, _ in files_of(path / run, "inputs")]:
-            visit(next(filter(is_step, (at.parent for at in places(name, path))), path))
-        del found[key]  # so that it stands behind those that it came from
-        found[key] = step_state(path)
-
-    for state in [] if is_step(folder) else pipeline_states(folder, hashed=False):
-        visit(state.folder)
-    visit(folder)
-    if not found:
-        raise UserError(f"{folder} is no step's folder and holds none: name one, such as out/eval")
-    return [state for state in found.values() if state]
+    whole: bool = False  # of lineage(): finished, and every file is as recorded
 
 
 def is_step(folder: Path) -> bool:
@@ -769,13 +706,92 @@ def script_of(folder: Path) -> str:
     return began[1] if began else str(run.get("step", STEPS.get(folder.name, "?")[0]))
 
 
-def step_state(path: Path, hashed: bool = True) -> StepState:
-    """The state of one folder, the reason for it, and the command that mends or repeats it."""
+def is_held(mark: Path) -> bool:
+    """Whether a living process holds a step's folder; lets go of it at once."""
+    with contextlib.suppress(FileNotFoundError, PermissionError), mark.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def files_of(folder: Path, kind: str) -> dict[str, Any]:
+    """{name: sha256} of the "inputs" or "outputs" that a step has recorded."""
+    found: dict[str, Any] = {}
+    for record in RUNS:
+        listed = read_object(folder / record).get(kind)
+        if isinstance(listed, dict):
+            for name, about in listed.items():
+                found[name] = about.get("sha256") if isinstance(about, dict) else None
+    return found
+
+
+def find_input(name: str, folder: Path) -> Path:
+    """Where an input of a step lies: a relative name counts from its folder, or from one above.
+
+    So a copy of the whole chain is walked in itself. From the current folder only then.
+    """
+    for above in (folder, *folder.parents, Path(), *Path.cwd().parents):
+        path = os.path.join(above, name)
+        record = os.path.join(os.path.dirname(path), "run.json")
+        gone = os.path.dirname(name) and os.path.exists(record)  # its step is there, the file not
+        if os.path.isfile(path) or gone:
+            return Path(path)
+    return Path(name)
+
+
+def walk_back(folder: Path, known: dict[Path, StepState | None]) -> None:
+    """Add a step's state to `known`, {resolved folder: state}, behind those that it came from."""
+    if not is_step(folder) or folder.resolve() in known:
+        return
+    key = folder.resolve()
+    known[key] = None  # so that a ring ends
+    places = {name: find_input(name, folder) for name in files_of(folder, "inputs")}
+    for place in places.values():
+        walk_back(place.parent, known)
+    del known[key]
+    known[key] = step_state(folder, places, known)
+
+
+def pipeline_states(folder: Path) -> list[StepState]:
+    """Every step's folders in order; `folder` is the pipeline's, or one step's own. Reads only.
+
+    Raises OSError.
+    """
+    root = folder.absolute().parent if is_step(folder) else folder
+    known: dict[Path, StepState | None] = {}
+    folders = sorted(root.iterdir())
+    for path in folders:
+        walk_back(path, known)
+    here = {path.resolve() for path in folders}
+
+    states, usual, at = [], True, {"base": "BASE"}
+    for name, (script, inputs) in STEPS.items():
+        mine = [state for key, state in known.items() if key in here and state.script == script]
+        folder = mine[-1].folder if mine else root / name
+        usual &= folder == Path("out") / name
+        flags = f" {inputs.format(**at)}--out {shlex.quote(str(folder))}" * (not usual)
+        missing = StepState(script, folder, "not run", "", "", f"python {script}.py{flags}")
+        states += mine or [missing]
+        at[name] = shlex.quote(str(folder))
+        base = read_object(folder / "run.json").get("base_model")
+        at |= {"base": shlex.quote(one_line(base))} if isinstance(base, str) else {}
+    return states
+
+
+def step_state(
+    path: Path, places: dict[str, Path], known: dict[Path, StepState | None]
+) -> StepState:
+    """The state of one folder, the reason for it, and the command that mends or repeats it.
+
+    It is stale where the step that wrote an input has recorded another sha256 since, or is not
+    finished. places: where the inputs lie; known: the states of those steps. Nothing but the
+    verdicts is hashed.
+    """
     script, mark, run = script_of(path), path / UNFINISHED, read_object(path / "run.json")
     command = one_line(run.get("command") or f"python {script}.py --out {path}", LONGEST)
-    plain = run["counts"].items() if isinstance(run.get("counts"), dict) else ()
-    shown = [f"{number(v):,.0f} {one_line(k, 20)}" for k, v in plain if number(v) is not None]
-    counts = ", ".join(shown[:4] + ["partial"] * bool(run.get("partial"))).replace("_", " ")
+    counts = counts_text(run)
     if mark.exists():
         began = one_line(mark.read_text(errors="replace").strip(), LONGEST) or command
         if is_held(mark):
@@ -783,56 +799,102 @@ def step_state(path: Path, hashed: bool = True) -> StepState:
         began += " --resume" * (any(path.glob("checkpoints/*")) and "--resume" not in began)
         why = "no process is at work on it: it was stopped or killed"
         return StepState(script, path, "unfinished", counts, why, began)
+
     command += " --overwrite" * ("--overwrite" not in command)
-    if not hashed:
-        return StepState(script, path, "finished", counts, "hashing its files", command)
-    faults, log, applied = hash_again(path), path / "decisions.jsonl", path / "apply.json"
-    reasons = {"lost": "its own, gone", "edited": "edited", "changed": "changed since"}
-    kind = next((kind for kind in reasons if faults[kind]), "whole")
-    status = {"whole": "finished", "changed": "stale"}.get(kind, "edited")
-    why = f"{len(faults['whole']):,} files as recorded, by hash"
-    why = f"{reasons[kind]}: {some(faults[kind])}" if kind in reasons else why
-    verdicts = sha256_of(log) if log.exists() else None
-    known = read_object(applied).get("decisions_sha256", verdicts)
-    if status == "finished" and verdicts != known:
-        status, why = "stale", "verdicts newer than clean.jsonl"
+    if not run:
+        return StepState(script, path, "unfinished", "", "its run.json is not readable", command)
+    why = renewed_input(path, places, known)
+    if not why and verdicts_are_newer(path):
+        why = "verdicts newer than clean.jsonl"
         command = f"python {script}.py apply --out {shlex.quote(str(path))}"
-    why += f"; an input is gone: {some(faults['gone'])}" if faults["gone"] else ""
-    whole = status == "finished" and not faults["gone"]
-    return StepState(script, path, status, counts, why, command, whole)
+    status = "stale" if why else "finished"
+    return StepState(script, path, status, counts, why or one_line(run.get("finished")), command)
+
+
+def counts_text(run: Row) -> str:
+    """The first four numbers that a run.json counts: "8 rows, 3 pairs"."""
+    counts = run.get("counts")
+    shown = []
+    for name, value in counts.items() if isinstance(counts, dict) else ():
+        if number(value) is not None:
+            shown.append(f"{number(value):,.0f} {one_line(name, 20)}")
+    partial = ["partial"] if run.get("partial") else []
+    return ", ".join(shown[:4] + partial).replace("_", " ")
+
+
+def renewed_input(path: Path, places: dict[str, Path], known: dict[Path, StepState | None]) -> str:
+    """Which input of a step is not what it was, in words; "" where each is."""
+    behind = ""
+    for name, sha256 in files_of(path, "inputs").items():
+        writer = places[name].parent
+        if not is_step(writer):
+            continue
+        if files_of(writer, "outputs").get(places[name].name, sha256) != sha256:
+            return f"made again since: {one_line(name)}"
+        state = known.get(writer.resolve())
+        if state and state.status != "finished":
+            behind = f"made from {one_line(state.folder)}, which is {state.status}"
+    return behind
+
+
+def verdicts_are_newer(path: Path) -> bool:
+    """Whether a folder of step 2 has verdicts that its clean set was not made with."""
+    log, applied = path / "decisions.jsonl", read_object(path / "apply.json")
+    now = sha256_of(log) if log.exists() else None
+    return applied.get("decisions_sha256", now) != now
+
+
+def lineage(folder: Path) -> list[StepState]:
+    """The steps that a folder's files came from, rows first and the folder last, all hashed again.
+
+    Every input in a run.json leads to the folder it lies in. Of a folder of steps: all of them.
+    """
+    known: dict[Path, StepState | None] = {}
+    for state in [] if is_step(folder) else pipeline_states(folder):
+        walk_back(state.folder, known)
+    walk_back(folder, known)
+    if not known:
+        raise UserError(f"{folder} is no step's folder and holds none: name one, such as out/eval")
+    hashes: dict[Path, str] = {}
+    return [hash_again(state, hashes) for state in known.values()]
+
+
+def hash_again(state: StepState, hashes: dict[Path, str]) -> StepState:
+    """A step's state once every file that it read or wrote is hashed; `hashes` are known ones."""
+    if state.status in ("running", "unfinished"):
+        return state
+    folder, edited, changed = state.folder, [], []
+    inputs, outputs = files_of(folder, "inputs"), files_of(folder, "outputs")
+    for name, sha256 in outputs.items():
+        if hash_of(folder / name, hashes) != sha256:
+            edited.append(name)
+    for name, sha256 in inputs.items():
+        if hash_of(find_input(name, folder), hashes) != sha256:
+            changed.append(name)
+
+    if edited:
+        return state._replace(status="edited", why=f"edited or gone: {some(edited)}")
+    if changed:
+        return state._replace(status="stale", why=f"changed since, or gone: {some(changed)}")
+    if state.status != "finished":
+        return state
+    why = f"{len(inputs) + len(outputs):,} files as recorded, by hash"
+    return state._replace(why=why, whole=True)
+
+
+def hash_of(path: Path, hashes: dict[Path, str]) -> str | None:
+    """The sha256 of a file, each hashed once; None where there is none."""
+    if not os.path.isfile(path):
+        return None
+    key = path.resolve()
+    if key not in hashes:
+        hashes[key] = sha256_of(key)
+    return hashes[key]
 
 
 def some(names: list[str]) -> str:
     """The first three of some names."""
     return ", ".join(map(one_line, names[:3])) + f" and {len(names) - 3} more" * (len(names) > 3)
-
-
-def places(name: str, folder: Path) -> Iterator[Path]:
-    """Where an input of a step may lie: a relative name counts from here or from a folder above."""
-    return (place / name for place in (Path(), *folder.absolute().parents))
-
-
-def files_of(record: Path, kind: str) -> Iterator[tuple[str, Any]]:
-    """(name, sha256) of the "inputs" or "outputs" in a run.json."""
-    listed = read_object(record).get(kind)
-    for name, about in listed.items() if isinstance(listed, dict) else ():
-        yield name, about.get("sha256") if isinstance(about, dict) else None
-
-
-def hash_again(folder: Path) -> dict[str, list[str]]:
-    """What a step read and wrote: "whole", inputs "gone" or "changed", outputs "lost", "edited"."""
-    kinds = ("whole", "gone", "changed", "edited", "lost")
-    found: dict[str, list[str]] = {kind: [] for kind in kinds}
-    for record in filter(os.path.isfile, (folder / name for name in RUNS)):
-        text = record.read_bytes()
-        found["whole" if sealed(text) == text else "edited"].append(record.name)
-        for kind, other, absent in (("inputs", "changed", "gone"), ("outputs", "edited", "lost")):
-            for name, sha256 in files_of(record, kind):
-                where = places(name, folder) if kind == "inputs" else [folder / name]
-                path = next(filter(os.path.isfile, where), None)
-                same = path and sha256 == hash_known(path, file_state(path))
-                found[absent if path is None else "whole" if same else other].append(name)
-    return {kind: list(dict.fromkeys(names)) for kind, names in found.items()}
 
 
 def pipeline_parts(states: list[StepState]) -> Parts:
@@ -930,13 +992,11 @@ Ask OptionList { max-height: 50vh; }
 
 def make_app(args: argparse.Namespace) -> "App[None]":
     """The app; its classes are made in a function so that --help loads no third-party package."""
-    from textual import work
     from textual.app import App, ComposeResult
     from textual.binding import Binding
     from textual.containers import Container, Horizontal, Vertical, VerticalScroll
     from textual.content import Content
     from textual.geometry import Region, Size
-    from textual.message import Message
     from textual.reactive import reactive
     from textual.screen import ModalScreen
     from textual.scroll_view import ScrollView
@@ -1398,37 +1458,20 @@ def make_app(args: argparse.Namespace) -> "App[None]":
 
         BINDINGS = bind(("y", "copy", "copy the command", "Copy the next command, by OSC 52"))
 
-        class Hashed(Message):
-            """The states of all steps, or what could not be read."""
-
-            def __init__(self, states: list[StepState], fault: str) -> None:
-                super().__init__()
-                self.states, self.fault = states, fault
-
         def compose(self) -> ComposeResult:
             yield Static(classes="fault")
             yield VerticalScroll(Static(id="steps", classes="text"), classes="main")
 
         def begin(self) -> None:
-            self.parts, self.fault = [], ""
-            self.on_pipeline_hashed(self.Hashed(pipeline_states(args.folder, hashed=False), ""))
-            self.hash_inputs()
-            self.set_interval(POLL_STEPS, self.hash_inputs)
+            self.parts: Parts = [("", "")]
+            self.due = 0.0
 
         def poll(self) -> str:
+            if time.monotonic() >= self.due:
+                self.parts = pipeline_parts(pipeline_states(args.folder))
+                self.due = time.monotonic() + POLL_STEPS
             self.put("#steps", self.parts)
-            return self.fault
-
-        @work(thread=True, exclusive=True)
-        def hash_inputs(self) -> None:
-            try:
-                self.post_message(self.Hashed(pipeline_states(args.folder), ""))
-            except OSError as error:
-                self.post_message(self.Hashed([], f"Cannot be read: {error}"))
-
-        def on_pipeline_hashed(self, message: Hashed) -> None:
-            self.parts, self.fault = pipeline_parts(message.states), message.fault
-            self.look()
+            return ""
 
         def action_copy(self) -> None:
             command, style = self.parts[-1]

@@ -27,10 +27,10 @@ python - demo/recorded <<'PYTHON'  # of the outputs, each run.json keeps those t
 import json, sys
 from pathlib import Path
 sys.path.insert(0, ".")
-from build_dataset import describe, sealed
+from build_dataset import describe_file
 for path in Path(sys.argv[1]).glob("*/run.json"):
     run = json.loads(path.read_text())
     kept = [name for name in run["outputs"] if (path.parent / name).exists()]
-    run["outputs"] = {name: describe(path.parent / name) for name in kept}
-    path.write_bytes(sealed((json.dumps(run | {"sha256": ""}, indent=2) + "\n").encode()))
+    run["outputs"] = {name: describe_file(path.parent / name) for name in kept}
+    path.write_text(json.dumps(run, indent=2) + "\n")
 PYTHON

@@ -1,13 +1,18 @@
 """Holds: converters follow the raw layouts; exact and near de-duplication equal brute force and do
 not depend on order or block size; every row is accounted for; planted repeats are found."""
 
+import hashlib
 import json
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import DEMO, REAL_DATA, ROOT, assert_refused, demo_origins, run_script
+from jinja2 import UndefinedError
 
 import build_dataset as build
 
@@ -53,6 +58,8 @@ CASES = [
         ("q\nRelevant Theorem: t", "", "[1, 2]"),
     ),
     ("theoremqa", {"Question": "q", "Answer": 1, "Picture": "x.png", "theorem_def": "t"}, None),
+    ("theoremqa", {"Question": "q", "Answer": "1", "Picture": None}, ("q", "", "1")),  # the hub's
+    ("theoremqa", {"Question": "q", "Answer": "1", "Picture": "NONE"}, ("q", "", "1")),
     (
         "openbookqa",
         {
@@ -100,6 +107,11 @@ CASES = [
         ("p\nA. a\nB. b", "Choose A, B, C or D as your solution.", "B"),
     ),
     (
+        "arb",
+        {"Problem Statement": "p", "Answer Candidates": ["a"], "Final Answer": "A"},
+        ("p\nA. a", "Choose A, B, C or D as your solution.", "A"),
+    ),
+    (
         "guanaco",
         {"text": "### Human: h### Assistant: a### Human: h2### Assistant: a2"},
         ("h", "", "a### Instruction:\n h2### Response:\n a2"),
@@ -137,6 +149,8 @@ def test_scienceqa_rules() -> None:
     assert convert("scienceqa", {**SCIENCEQA, "question": "What?", "hint": ""})[1] == ""
     assert convert("scienceqa", {**SCIENCEQA, "lecture": "word " * 401}) is None
     assert convert("scienceqa", {**SCIENCEQA, "image": "image.png"}) is None
+    text_only = {column: value for column, value in SCIENCEQA.items() if column != "image"}
+    assert convert("scienceqa", text_only) == (full, "Long ago.", "It is a.")
     assert convert("scienceqa", {**SCIENCEQA, "solution": ""}) is None
     for skill in ("Use guide words", "Is it a complete sentence, a fragment, or a run-on?"):
         assert convert("scienceqa", {**SCIENCEQA, "skill": skill}) is None
@@ -404,17 +418,100 @@ def test_invalid_rows_are_counted_with_their_place(tmp_path) -> None:
     assert not (tmp_path / "strict").exists()
 
 
-def test_an_input_that_is_only_touched_is_the_same(tmp_path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("{}\n")
-    inputs = build.describe_inputs([path])
-    build.check_unchanged(inputs)
-    os.utime(path, (1, 1))
-    build.check_unchanged(inputs)
-    for change in (lambda: path.write_text("[]\n"), path.unlink):
-        change()
-        with pytest.raises(build.UserError, match="rows.jsonl changed while it was read"):
-            build.check_unchanged(inputs)
+def claim(out: Path, **how: bool) -> None:
+    """Begin and end to hold a folder, as a step does."""
+    with build.output_folder(out, overwrite=True, **how):
+        pass
+
+
+def finished(out: Path, *names: str) -> Path:
+    """A folder that a step has finished, with files of these names and a person's verdicts."""
+    (out / "model").mkdir(parents=True)
+    for name in [*names, "decisions.jsonl", "mine.txt"]:
+        (out / name).write_text(name)
+    listed = {name: {"sha256": "of other bytes"} for name in names}
+    run = {"step": Path(sys.argv[0]).stem, "outputs": listed}
+    (out / "run.json").write_text(json.dumps(run))
+    return out
+
+
+def test_overwriting_removes_what_the_former_run_wrote_and_nothing_else(tmp_path) -> None:
+    out = finished(tmp_path / "out", "old.safetensors", "model/old.json")
+    (out / "apply.json").write_text(json.dumps({"outputs": {"clean.jsonl": {}}}))
+    (out / "clean.jsonl").touch()
+    claim(out, keep_run=True)
+    assert (out / "old.safetensors").exists() and (out / "run.json").exists()
+    claim(out)
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert left == {"decisions.jsonl", "mine.txt"}
+
+
+FORGED = ["decisions.jsonl", "Decisions.JSONL", "model/decisions.jsonl", "./decisions.jsonl",
+          "model/../decisions.jsonl", "../victim", "model/../../victim", "../out/mine.txt",
+          "VICTIM", "way/victim", "model", "", ".", "..", ".unfinished", ".hidden", "nul\0",
+          "\ud800", "x" * 5000]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_list_of_outputs_removes_nothing(tmp_path, name: str) -> None:
+    out = finished(tmp_path / "out")
+    (tmp_path / "victim").touch()
+    (out / "model/decisions.jsonl").touch()
+    (out / ".hidden").touch()
+    (out / "way").symlink_to(tmp_path)
+    name = name.replace("VICTIM", str(tmp_path / "victim"))
+    run = {"step": Path(sys.argv[0]).stem, "outputs": {name: {"sha256": "x"}}}
+    (out / "run.json").write_text(json.dumps(run))
+    before = {path for path in tmp_path.rglob("*") if path.name != "run.json"}
+    claim(out)
+    assert {*tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"outputs": []}', '{"outputs": "decisions.jsonl"}'])
+def test_a_broken_list_of_outputs_removes_nothing(tmp_path, text: str) -> None:
+    out = finished(tmp_path / "out")
+    (out / "apply.json").write_text(text)
+    claim(out)
+    assert {path.name for path in out.iterdir()} == {"decisions.jsonl", "mine.txt", "model"}
+
+
+def test_run_json_lists_what_a_step_says_it_wrote(tmp_path, monkeypatch) -> None:
+    args = build.parse_args(["--sources", "math", "--out", str(tmp_path / "out")])
+    written = [args.out / "rows.jsonl", args.out / "model/table.md"]
+    synced = []
+    monkeypatch.setattr(build, "sync", synced.append)
+    with build.output_folder(args.out, overwrite=False):
+        (args.out / "model").mkdir()
+        for path in written:
+            path.write_text("{}\n{}\n")
+        (args.out / "checkpoint").touch()
+        build.finish_run(args, inputs={}, outputs=written, started=0.0, counts={"rows": 2})
+    run = json.loads((args.out / "run.json").read_text())
+    digest = hashlib.sha256(b"{}\n{}\n").hexdigest()
+    expected = {"rows.jsonl": {"sha256": digest, "rows": 2}, "model/table.md": {"sha256": digest}}
+    assert run["outputs"] == expected and run["counts"] == {"rows": 2}
+    assert {*synced} == {*written, args.out, args.out / "model"}
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise build_dataset.UserError('bad')"])
+def test_a_reader_that_goes_away_gets_no_traceback(buffered: bool, end: str) -> None:
+    """Whether stdout is written to by main()'s own print or only at its end."""
+    code = f"import sys, build_dataset\ndef main():\n print('x')\n {end}\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", f"{code}\nbuild_dataset.run_main(main)"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=-1, text=True)
+    os.close(writer)
+    told = "error: bad\n" if "bad" in end and buffered else ""
+    assert (done.returncode, done.stderr) == (141, told)
+
+
+def test_a_theorem_that_is_named_needs_its_definition() -> None:
+    row = {"Question": "q", "Answer": 1, "Picture": None, "theorem": "Rolle's"}
+    with pytest.raises(UndefinedError, match="theorem_def"):
+        convert("theoremqa", row)
 
 
 def test_changed_columns_are_named(tmp_path) -> None:

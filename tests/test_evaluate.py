@@ -20,6 +20,7 @@ from conftest import (
     DEMO,
     REAL_DATA,
     ROOT,
+    WORLD,
     assert_refused,
     load_evaluate,
     run_on_terminal,
@@ -252,6 +253,12 @@ def test_scores_equal_the_harness_on_the_demo(tmp_path) -> None:
     assert len(theirs) == 4 + len(subjects)
     assert_equal_scores(out, BASE, theirs)
     assert "(partial)" in (out / "results.md").read_text()
+    scores = {name: found["results"][name] for name, found in theirs.items()}
+    mmlu = sum(scores[f"mmlu_{subject}"]["acc,none"] for subject in subjects) / len(subjects)
+    normed = [scores[name]["acc_norm,none"] for name in ("arc_challenge", "hellaswag")]
+    average = 100 * (sum(normed) + mmlu + scores["truthfulqa_mc2"]["acc,none"]) / 4
+    ours = json.loads((out / "results.json").read_text())["all questions"][str(BASE)]["average"]
+    assert ours["mean"] == pytest.approx(average, abs=1e-3)
     assert json.loads((out / "run.json").read_text())["partial"] is True
 
 
@@ -663,7 +670,7 @@ def test_tests_are_scipys() -> None:
     rng = np.random.default_rng(1)
     for values in (rng.choice([-1, 0, 0, 0, 1], 300), rng.normal(0.2, 1, 200)):
         theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=2)
-        low, high = evaluate.bootstrap([values])
+        low, high = evaluate.bootstrap([[dict(enumerate(values / 100))]])
         width = high - low
         assert abs(low - theirs.confidence_interval.low) < 0.04 * width
         assert abs(high - theirs.confidence_interval.high) < 0.04 * width
@@ -675,7 +682,7 @@ def test_tests_are_scipys() -> None:
     theirs = stats.bootstrap(
         groups, mean_of_means, method="percentile", n_resamples=20_000, vectorized=True, rng=3
     ).confidence_interval
-    low, high = evaluate.bootstrap(groups)
+    low, high = evaluate.bootstrap([[dict(enumerate(group / 100)) for group in groups]])
     assert abs(low - theirs.low) + abs(high - theirs.high) < 0.06 * (high - low)
 
 
@@ -706,6 +713,228 @@ def test_verdicts_and_what_only_flagged_questions_gain(tmp_path) -> None:
     assert worse["comparisons"][0]["verdict"] == "worse"
     assert worse["comparisons"][0]["points_flagged"] is None
     assert worse["tasks"]["arc"]["flagged"] == 0
+
+
+LEADERBOARD = {  # the metric of the four benchmarks' harness tasks that the average takes
+    "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa_mc2": "acc",
+}  # fmt: skip
+
+
+def four_benchmarks(rng: np.random.Generator, skill: float, sizes: dict[str, int]) -> list[dict]:
+    """Made-up results, with decoys: ARC's and HellaSwag's acc, mc1. `sizes`: of each task."""
+    results = []
+    for task, size in sizes.items():
+        benchmark = "arc" if task == "arc_challenge" else task
+        prefix = f"{benchmark}/all"
+        if task.startswith("mmlu_"):
+            prefix = task.replace("_", "/", 1)
+        right = (rng.random(size) < skill).astype(float).tolist()
+        if task in ("arc_challenge", "hellaswag"):
+            made = result(task, prefix, [0.0] * size)
+            for question, value in zip(made["questions"], right, strict=True):
+                question["acc_norm"] = value
+        elif task == "truthfulqa":
+            results.append(result("truthfulqa_mc1", prefix, [1.0] * size))
+            made = result("truthfulqa_mc2", prefix, rng.beta(2, 2 / skill, size).tolist())
+        else:
+            made = result(task, prefix, right)
+        results.append(made)
+    return results
+
+
+def small_sizes(subjects: int = 57) -> dict[str, int]:
+    """Of few questions each, and no two benchmarks or subjects alike."""
+    sizes = {"arc_challenge": 90, "hellaswag": 400, "truthfulqa": 50}
+    for number in range(subjects):
+        sizes[f"mmlu_subject_{number}"] = 3 + number
+    return sizes
+
+
+def by_hand(results: list[dict], chosen=lambda test_id: True) -> float | None:
+    """The average by its definition; None where a benchmark has no such question."""
+    benchmark_means = []
+    for name, metric in LEADERBOARD.items():
+        subject_means = []
+        for made in results:
+            if made["task"] != name and not made["task"].startswith(f"{name}_"):
+                continue
+            values = []
+            for question in made["questions"]:
+                if chosen(question["test_id"]):
+                    values.append(question[metric])
+            if values:
+                subject_means.append(sum(values) / len(values))
+        if not subject_means:
+            return None
+        benchmark_means.append(sum(subject_means) / len(subject_means))
+    return 100 * sum(benchmark_means) / 4
+
+
+def average_row(found: dict, model: str) -> dict:
+    """The average's comparison of a model, which is its first."""
+    row = next(row for row in found["comparisons"] if row["model"] == model)
+    assert row["task"] == "average"
+    return row
+
+
+def test_the_average_is_what_loops_over_the_questions_compute(tmp_path) -> None:
+    """Of three models, in their order; also without and on the flagged questions."""
+    rng = np.random.default_rng(5)
+    results = {name: four_benchmarks(rng, skill, small_sizes())
+               for name, skill in {"base": 0.4, "good": 0.7, "bad": 0.2}.items()}  # fmt: skip
+    ids = [q["test_id"] for made in results["base"] for q in made["questions"]]
+    flagged = {test_id for test_id in ids if rng.random() < 0.3}
+    flagged |= {f"mmlu/subject_4/{number}" for number in range(7)}  # a subject without others
+    found = write_both(tmp_path, *results.values(), flagged=flagged, names=tuple(results))
+
+    parts = {
+        "all questions": lambda test_id: True,
+        "unflagged questions": lambda test_id: test_id not in flagged,
+        "flagged questions": lambda test_id: test_id in flagged,
+    }
+    expected: dict = {}
+    for part, chosen in parts.items():
+        assert list(found[part]) == list(results)
+        for name, made in results.items():
+            expected[part, name] = by_hand(made, chosen)
+            ours = found[part][name]["average"]
+            assert ours["mean"] == pytest.approx(expected[part, name], abs=1e-9)
+            assert ours["questions"] == len({*filter(chosen, ids)})
+            assert next(iter(found[part][name])) == "average"
+
+    for name in ("good", "bad"):
+        row = average_row(found, name)
+        gains = {part: expected[part, name] - expected[part, "base"] for part in parts}
+        assert row["base_score"] == pytest.approx(expected["all questions", "base"])
+        assert row["points"] == pytest.approx(gains["all questions"])
+        assert row["percent"] == pytest.approx(100 * row["points"] / row["base_score"])
+        assert (row["metric"], row["questions"]) == ("mean", len({*ids}))
+        assert (row["gained"], row["lost"], row["p"], row["flips"]) == (None, None, None, [])
+        assert row["points_unflagged"] == pytest.approx(gains["unflagged questions"])
+        assert row["points_flagged"] == pytest.approx(gains["flagged questions"])
+    assert average_row(found, "good")["verdict"] == "better"
+    assert average_row(found, "bad")["verdict"] == "worse"
+
+
+def test_the_averages_interval_is_a_direct_bootstraps(tmp_path) -> None:
+    """Questions drawn one by one, by numpy, within each benchmark and each subject of MMLU."""
+    sizes = small_sizes()
+    before = four_benchmarks(np.random.default_rng(1), 0.5, sizes)
+    after = four_benchmarks(np.random.default_rng(2), 0.55, sizes)
+    row = average_row(write_both(tmp_path, before, after), "x/tuned")
+
+    rng = np.random.default_rng(3)
+    draws = 20_000
+    means: dict[str, list] = {name: [] for name in LEADERBOARD}
+    for old, new in zip(before, after, strict=True):
+        for name, metric in LEADERBOARD.items():
+            if old["task"] != name and not old["task"].startswith(f"{name}_"):
+                continue
+            pairs = zip(old["questions"], new["questions"], strict=True)
+            gains = np.array([b[metric] - a[metric] for a, b in pairs])
+            drawn = rng.integers(0, len(gains), size=(draws, len(gains)))
+            means[name].append(gains[drawn].mean(axis=1))
+    assert [len(groups) for groups in means.values()] == [1, 1, 57, 1]
+    total = sum(sum(groups) / len(groups) for groups in means.values()) / 4
+    low, high = np.quantile(100 * total, [0.025, 0.975])
+    assert abs(row["interval"][0] - low) < 0.03 * (high - low)
+    assert abs(row["interval"][1] - high) < 0.03 * (high - low)
+
+
+def test_no_average_where_a_benchmark_is_missing(tmp_path) -> None:
+    sizes = small_sizes(subjects=2)
+    base = four_benchmarks(np.random.default_rng(1), 0.5, sizes)
+    tuned = four_benchmarks(np.random.default_rng(2), 0.6, sizes)
+    for name in ("arc", "hellaswag", "mmlu", "truthfulqa"):
+        kept = []
+        for results in (base, tuned):
+            kept.append([made for made in results if not made["prefix"].startswith(name)])
+        found = write_both(tmp_path, *kept, flagged=set(), paper=True)
+        assert "average" not in json.dumps(found).lower(), name
+
+    # three benchmarks have a flagged question: there is an average, and none of the flagged
+    flagged = {"arc/all/0", "hellaswag/all/3", "mmlu/subject_1/2"}
+    found = write_both(tmp_path, base, tuned, flagged=flagged)
+    assert "average" in found["unflagged questions"]["base"]
+    assert "average" not in found["flagged questions"]["base"]
+    row = average_row(found, "x/tuned")
+    assert row["points_flagged"] is None and row["points_unflagged"] is not None
+    assert "average (partial)" in table(found["text"], "unflagged questions")
+    assert "average (partial)" not in table(found["text"], ", flagged questions")
+    assert table(found["text"], "same questions")["average"][-2] == "-"
+
+
+def full_sizes() -> dict[str, int]:
+    """As many questions as the leaderboard has."""
+    sizes = {"arc_challenge": 1172, "hellaswag": 10_042, "truthfulqa": 817}
+    for number in range(57):
+        sizes[f"mmlu_subject_{number}"] = 14_042 // 57
+    sizes["mmlu_subject_0"] += 14_042 % 57
+    return sizes
+
+
+def test_the_average_is_partial_where_one_of_the_four_is(tmp_path) -> None:
+    def described(sizes: dict[str, int], limited: str = "") -> dict:
+        results = four_benchmarks(np.random.default_rng(1), 0.5, sizes)
+        for made in results:
+            if made["task"] == limited:
+                made["limit"] = 10_000
+        found = write_both(tmp_path, results, names=["base"])
+        partial = found["tasks"]["average"]["partial"]
+        assert ("average (partial)" in table(found["text"], "Scores")) is partial
+        assert ("Average (partial: " in found["text"]) is partial
+        return found["tasks"]["average"]
+
+    whole = described(full_sizes())
+    assert whole == {"metric": "mean", "questions": 1172 + 10_042 + 14_042 + 817, "partial": False,
+                     "flagged": None, "truncated": {"base": 0}}  # fmt: skip
+    assert described(full_sizes(), limited="hellaswag")["partial"]
+    assert described({**full_sizes(), "hellaswag": 700})["partial"]  # the official layout's
+    moved = full_sizes()
+    moved["mmlu_subject_1"] += moved.pop("mmlu_subject_56")  # every question, of 56 subjects
+    assert described(moved)["partial"]
+
+
+def test_the_average_is_the_first_line_and_the_papers_stand_beside_it(tmp_path) -> None:
+    sizes = small_sizes(subjects=3)
+    names = ("base", "x/good", "x/bad")
+    results = [four_benchmarks(np.random.default_rng(n), skill, sizes)
+               for n, skill in enumerate((0.5, 0.9, 0.1))]  # fmt: skip
+    found = write_both(tmp_path, *results, flagged=set(), paper=True, names=names)
+    text = found["text"]
+    assert text.startswith("Average (partial: 552 questions of 26,073) in percent, the mean of arc")
+
+    shown = table(text, "Average")
+    averages = [f"{by_hand(made):.2f}" for made in results]
+    papers = ["Platypus2-70B-instruct (paper)", "Stable-Platypus2-13B (paper)"]
+    assert list(shown)[2:] == ["base", "good", "bad", *papers]  # below the head and its rule
+    assert [cells[0] for cells in shown.values()][2:] == [*averages, "73.13", "63.96"]
+    assert shown["base"][1:] == shown[papers[0]][1:] == shown[papers[1]][1:] == [*"----"]
+    for name, label in (("x/good", "good"), ("x/bad", "bad")):
+        row = average_row(found, name)
+        low, high = row["interval"]
+        change = [f"{row['points']:+.2f}", f"{row['percent']:+.2f}"]
+        assert shown[label][1:] == [*change, f"{low:+.2f} to {high:+.2f}", row["verdict"]]
+
+    for title in ("Scores in percent, all", "Scores in percent, unfl", "Table 5", "same questions"):
+        assert list(table(text, title))[2].startswith("average"), title
+    assert table(text, "Scores in percent, all")["average (partial)"][2:] == averages
+    assert table(text, "same questions")["average"][3:6] == ["-", "-", "-"]
+    assert [row["task"] for row in found["comparisons"]][:1] == ["average"]
+    assert next(iter(found["tasks"])) == "average"
+
+    assert "(paper)" not in write_both(tmp_path, *results, names=names)["text"]
+    alone = write_both(tmp_path, results[0], names=["base"])["text"]
+    assert table(alone, "Average")["base"] == [averages[0], *"----"]
+
+
+def test_a_task_called_average_is_refused(tmp_path) -> None:
+    """Its scores would stand in the place of the four benchmarks' mean."""
+    text = (ROOT / "demo/world.yaml").read_text().replace("task: world", "task: average")
+    text = text.replace("world/test.jsonl", str(WORLD / "test.jsonl"))
+    (tmp_path / "mine.yaml").write_text(text)
+    args = ["--model", BASE, "--tasks", "", "--task", tmp_path / "mine.yaml"]
+    assert "mine.yaml" in refused(*args, "--out", tmp_path / "out")
 
 
 def test_compare_finished_folders(tmp_path) -> None:

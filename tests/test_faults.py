@@ -1,7 +1,7 @@
-"""Holds: whatever breaks a step (a kill, Ctrl-C, a full or read-only disk, an input that changes, a
-clock that goes backwards, a second process) nothing looks finished that is not, nothing is lost,
-and the next run ends with the same bytes; every verdict that the screen showed as given is on disk;
-a broken file gives one line at most. python -m pytest -s tests/test_faults.py prints the tables."""
+"""Holds: whatever breaks a step (a kill, Ctrl-C, a full or read-only disk, a clock that goes
+backwards, a second process) nothing looks finished that is not, nothing is lost, and the next run
+ends with the same bytes; every verdict that the screen showed as given is on disk; a broken file
+gives one line at most. python -m pytest -s tests/test_faults.py prints the tables."""
 
 import contextlib
 import ctypes
@@ -237,7 +237,7 @@ SPAWN.set_forkserver_preload(
 )
 KILLS = 20
 STARTED = "the script begins"
-KINDS = ["kill -9", "Ctrl-C", "full disk", "read-only", "input changed", "clock", "two at once"]
+KINDS = ["kill -9", "Ctrl-C", "full disk", "read-only", "clock", "two at once"]
 STEPS = ["build", "check", "apply", "finetune", "merge", "evaluate"]
 CLOCKED = re.compile(rb'"\w*seconds": [\d.]+')  # in files that a step writes: differs every time
 
@@ -248,17 +248,6 @@ def trial(name: str, kind: str) -> Iterator[None]:
     TRIED[name, kind] += 1
     yield
     SURVIVED[name, kind] += 1
-
-
-def change(path: Path) -> None:
-    """Alter an input so that it stays valid: a line less, of weights a bit of one number."""
-    data = path.read_bytes()
-    if path.suffix == ".safetensors":
-        at = len(data) * 3 // 5 // 4 * 4 + 1  # within a float32's mantissa
-        data = data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :]
-    else:
-        data = b"".join(data.splitlines(keepends=True)[:-1])
-    path.write_bytes(data)
 
 
 def on_opening(seen: Callable[[str, bool], None]) -> None:
@@ -274,7 +263,7 @@ def on_opening(seen: Callable[[str, bool], None]) -> None:
 
 
 def put_in_the_way(fault: str) -> None:
-    """In the child: a signal, a full or read-only disk, a wrong clock, an input that changes."""
+    """In the child: a signal, a full or read-only disk, a wrong clock."""
     kind, *about = fault.split(" ", 2)
     if kind == "full":  # the same error for every file from that size up
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -287,9 +276,6 @@ def put_in_the_way(fault: str) -> None:
         time.time = lambda: 2e9 - now()
         time.gmtime = lambda *at: gmtime(*at or [time.time()])
     counter = itertools.count(1)
-    if kind == "input":  # just before it is opened for the n-th time
-        count, path = about
-        on_opening(lambda p, _: p == path and next(counter) == int(count) and change(Path(p)))
     if kind == "signal":  # just before the n-th change of the folder
         sign, count, folder = about[0], *about[1].split(" ", 1)
 
@@ -328,11 +314,9 @@ def run_step(script: str, args: list[str], log: Path, fault: str) -> None:
 class Step:
     """One command, how long it takes, and what it writes when nothing is in its way."""
 
-    def __init__(
-        self, script: str, args: list, place: Path, *inputs: Path, given: Path | None = None
-    ):
-        """`inputs`: those that a fault alters; `given`: a folder that the step works on."""
-        self.script, self.inputs, self.given, self.changes = script, inputs, given, 0
+    def __init__(self, script: str, args: list, place: Path, given: Path | None = None):
+        """`given`: a folder that the step works on."""
+        self.script, self.given, self.changes = script, given, 0
         self.out, self.kept = place / "work/out", place / "kept"
         self.log = place / "log"
         self.args = [*map(str, args), "--out", str(self.out)]
@@ -430,41 +414,28 @@ def server(tmp_path_factory) -> None:
 
 @pytest.fixture(scope="module")
 def steps(demo, server, tmp_path_factory) -> dict[str, Step]:
-    """The six commands, each on what the one before has written; only copies are altered."""
+    """The six commands, each on what the one before has written."""
     top, made = tmp_path_factory.mktemp("faults"), {}
-    for folder in (ROOT / "demo/data", ROOT / "demo/base_model"):
-        shutil.copytree(folder, top / folder.name)
+    base, data = ROOT / "demo/base_model", ROOT / "demo/data"
     dataset = Path(shutil.copy(demo / "dataset/dataset.jsonl", top))  # without its run.json
-    base, data = top / "base_model", top / "data"
-    weights, cache, local = (
-        base / "model.safetensors",
-        ["--cache", demo / "cache"],
-        ["--local", data],
-    )
+    cache, local = ["--cache", demo / "cache"], ["--local", data]
     flags = [*local, "--sources", "math,openbookqa", *cache]
-    made["build"] = Step("build_dataset", flags, top / "build", data / "math/math_train.jsonl")
+    made["build"] = Step("build_dataset", flags, top / "build")
     flags = ["--dataset", dataset, *local, "--benchmarks", "mmlu", *cache]
-    question = next(data.glob("mmlu/test/*.csv"))
-    made["check"] = Step("check_contamination", flags, top / "check", dataset, question)
-    given, place = made["check"].kept, top / "apply"
+    made["check"] = Step("check_contamination", flags, top / "check")
+    given = made["check"].kept
     for number, line in enumerate((given / "pairs.jsonl").open()):
         pair, verdict = json.loads(line)["pair_id"], check.VERDICTS[number % 4]
         check.append_decision(given / "decisions.jsonl", pair, verdict, "ann")
-    inside = [place / "work/out" / name for name in ("pairs.jsonl", "decisions.jsonl")]
-    made["apply"] = Step("check_contamination", ["apply"], place, dataset, *inside, given=given)
+    made["apply"] = Step("check_contamination", ["apply"], top / "apply", given)
     clean = made["apply"].kept / "clean.jsonl"
     flags = ["--base-model", base, "--data", clean, "--limit", 24, "--batch-size", 8]
     flags += ["--epochs", 1, "--save-every", 1]
-    made["finetune"] = Step("finetune", flags, top / "finetune", clean, weights)
-    adapter = made["finetune"].kept
-    flags, tuned = (
-        ["--base-model", base, "--adapter", adapter],
-        adapter / "adapter_model.safetensors",
-    )
-    made["merge"] = Step("merge", flags, top / "merge", tuned, weights)
+    made["finetune"] = Step("finetune", flags, top / "finetune")
+    flags = ["--base-model", base, "--adapter", made["finetune"].kept]
+    made["merge"] = Step("merge", flags, top / "merge")
     flags = ["--model", base, "--model", made["merge"].kept, *local, "--tasks", "arc", "--limit", 4]
-    question = data / "arc/ARC-Challenge-test.jsonl"
-    made["evaluate"] = Step("evaluate", flags, top / "evaluate", question, weights)
+    made["evaluate"] = Step("evaluate", flags, top / "evaluate")
     print({name: round(step.seconds, 1) for name, step in made.items()})
     return made
 
@@ -510,7 +481,7 @@ def test_killed_at_random_moments(steps, name: str) -> None:
 
 def test_an_interrupt_before_main(monkeypatch, capsys) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ})
-    monkeypatch.setattr(build, "outlive_readers", lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(build, "silence_libraries", lambda: signal.raise_signal(signal.SIGINT))
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored after `&`
     try:
         with pytest.raises(SystemExit) as end:
@@ -561,47 +532,6 @@ def test_read_only_output(steps, name: str) -> None:
     step.finishes()
 
 
-def change_while_it_runs(name: str, step: Step, path: Path, old: bytes) -> None:
-    """It is refused, or ends with the hash of what was read: of the old file or of the new one."""
-    change(path)
-    new = path.read_bytes()
-    outputs = step.outputs() if step.run() == 0 else None  # refused, by a hash that is older still
-    expected = {hashlib.sha256(old).hexdigest(): step.expected}
-    expected[hashlib.sha256(new).hexdigest()] = outputs
-    for count in (1, 2, 3, 6):
-        path.write_bytes(old)
-        with trial(name, "input changed"):
-            if code := step.fresh().run(f"input {count} {path}"):
-                known = ("since it was checked", "is not the file that", "differs in its tensors")
-                step.refused(code, "changed while it was read", *known)
-                path.write_bytes(old)  # it may be in the folder: is all else as before?
-                assert step.state() != "finished"
-                continue
-            last = "apply.json" if step.given else "run.json"
-            run = json.loads((step.out / last).read_text())
-            claimed = run["inputs"].get(str(path), {}).get("sha256")
-            if path.name == "decisions.jsonl" and run["decisions_sha256"] in [*expected][1:]:
-                claimed = run[
-                    "decisions_sha256"
-                ]  # the old one: some may be newer, and have counted
-            found = [expected[claimed]] if claimed else [*expected.values()]
-            assert None in found or step.outputs() in found
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("untouched")
-@pytest.mark.parametrize("name", STEPS)
-def test_an_input_that_changes(steps, name: str) -> None:
-    step = steps[name]
-    for path in step.inputs:
-        step.fresh()
-        old = path.read_bytes()
-        try:
-            change_while_it_runs(name, step, path, old)
-        finally:
-            path.write_bytes(old)
-
-
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("name", STEPS)
 def test_a_clock_that_goes_backwards(steps, name: str) -> None:
@@ -624,26 +554,6 @@ def test_two_at_once(steps, name: str) -> None:
         said = ("another process", "is finished", "go on with --resume")
         assert codes == [0, 0] or any(text in step.text() for text in said), step.text()
     step.fresh()
-
-
-def test_an_input_that_changes_while_it_is_read(tmp_path, monkeypatch) -> None:
-    (tmp_path / "math").mkdir()
-    path = tmp_path / "math/math_train.jsonl"
-    path.write_text('{"problem": "1 + 1?", "solution": "2"}\n{"problem": "2?", "solution": "2"}\n')
-    read_records = build.read_records
-
-    def change(path: Path):
-        for number, record in enumerate(read_records(path)):
-            if number == 1:
-                path.write_text('{"problem": "3?", "solution": "3"}\n')
-            yield record
-
-    monkeypatch.setattr(build, "read_records", change)
-    args = ["--local", str(tmp_path), "--sources", "math", "--out", str(tmp_path / "out")]
-    with trial("build", "input changed"):
-        with pytest.raises(build.UserError, match="math_train.jsonl changed while it was read"):
-            build.main(args)
-        assert not (tmp_path / "out").exists()
 
 
 # --- faults: the terminal UI, in a terminal of its own --------------------------------------------
@@ -782,25 +692,24 @@ def test_pairs_that_change_during_a_review(review, how: str) -> None:
     path, new = review / "contamination/pairs.jsonl", review / "new.jsonl"
     pairs = [make_pair(n + 50, train_question=f"Z{n:05}", cosine=1 - n / 100) for n in range(9)]
     write_lines(new, pairs)
-    with trial("tui", "input changed"):
-        screen = Screen(review)
-        screen.wait("Q00000", seconds=60)
-        screen.wait("Q00001", screen.press("d"))
-        seen, expected = len(screen.text()), {"pair00000": "duplicate"}
-        if how == "cut":  # within a line, while it is open elsewhere
-            os.truncate(path, 1500)
-            screen.wait("unreadable", seen)
-            screen.press("g")
-        else:
-            path.unlink()
-            screen.wait("no flagged pairs here", seen)
-            screen.press("g")  # there is no pair to judge
-            os.replace(new, path)
-            screen.wait("Z00000", seen)
-            screen.wait("Z00001", screen.press("n"))
-            expected["pair00050"] = "not-a-leak"
-        assert screen.end() == 0
-        assert verdicts(review).items() >= expected.items()
+    screen = Screen(review)
+    screen.wait("Q00000", seconds=60)
+    screen.wait("Q00001", screen.press("d"))
+    seen, expected = len(screen.text()), {"pair00000": "duplicate"}
+    if how == "cut":  # within a line, while it is open elsewhere
+        os.truncate(path, 1500)
+        screen.wait("unreadable", seen)
+        screen.press("g")
+    else:
+        path.unlink()
+        screen.wait("no flagged pairs here", seen)
+        screen.press("g")  # there is no pair to judge
+        os.replace(new, path)
+        screen.wait("Z00000", seen)
+        screen.wait("Z00001", screen.press("n"))
+        expected["pair00050"] = "not-a-leak"
+    assert screen.end() == 0
+    assert verdicts(review).items() >= expected.items()
 
 
 def test_a_review_while_the_clock_goes_backwards(review) -> None:

@@ -352,10 +352,12 @@ def test_a_window_narrower_than_the_cutoff_keeps_the_dense_mask() -> None:
 def make_run(model, examples, args, tokenizer=None, **changes) -> finetune.Run:
     sizes = finetune.model_sizes(model)
     known = {"settings": {}, "base": {}, "sizes": sizes, "capacity": 100_000, "steps": 1}
-    known |= {"recompute_above": math.inf, "matrix_rate": 1e9, "began": time.monotonic()}
+    known |= {"recompute": False, "matrix_rate": 1e9, "began": time.monotonic()}
     run = finetune.Run(
         args, argparse.Namespace(signum=0), model, tokenizer, examples, [], **known | changes
     )
+    if run.recompute:
+        finetune.recompute_activations(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -379,7 +381,7 @@ def one_step(batch, **changes) -> tuple[dict, torch.Tensor]:
 
 def test_any_split_of_the_batch_is_the_same_step(batch) -> None:
     _, expected = one_step(batch)
-    for changes in ({"capacity": 1}, {"capacity": 200}, {"recompute_above": 0}):
+    for changes in ({"capacity": 1}, {"capacity": 200}, {"recompute": True}):
         _, weights = one_step(batch, **changes)
         assert (weights - expected).abs().max() <= 1e-5, changes
 
@@ -425,9 +427,9 @@ def test_our_step_is_the_trainers(batch, tmp_path) -> None:
 
 def test_gradient_checkpointing_is_exact_with_dropout(batch) -> None:
     results = []
-    for above in (math.inf, 0):
+    for recompute in (False, True):
         model = tuned_model(settings(targets="all", lora_dropout=0.5), torch.float32)
-        run = make_run(model, batch, settings(), recompute_above=above)
+        run = make_run(model, batch, settings(), recompute=recompute)
         torch.manual_seed(5)
         loss = finetune.run_batch(run, batch)[0]
         results.append((loss, flat_gradient(model)))
@@ -435,58 +437,23 @@ def test_gradient_checkpointing_is_exact_with_dropout(batch) -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.95])
-def test_dropout_on_a_cpu_is_torchs(p: float) -> None:
-    """Each element goes with probability p on its own; what stays is scaled, forward and back."""
-    torch.manual_seed(0)
-    module, n = torch.nn.Dropout(p), 1_000_000
-    x = torch.rand(1, 1000, n // 1000).add(1).requires_grad_()
-    y = finetune.dropout(module, x)
-    y.backward(torch.ones_like(y))
-    kept = (y != 0).flatten()
-    assert torch.equal(y, torch.where(y != 0, x / (1 - p), 0))
-    assert torch.equal(x.grad, torch.where(y != 0, 1 / (1 - p), 0))
-    deviation = math.sqrt(p * (1 - p) / n)
-    assert abs(1 - p - kept.float().mean()) < 4 * deviation
-    for lag in (1, 2, 1000):  # neighbours in a row and in a column: both go with p squared
-        both = (~kept[lag:] & ~kept[:-lag]).float().mean()
-        assert abs(both - p * p) < 4 * math.sqrt(p * p * (1 - p * p) * 3 / n), lag
-    parts = (~kept).view(10, -1).float().mean(1)  # as many at the beginning as at the end
-    assert (parts - p).abs().max() < 5 * deviation * math.sqrt(10)
-    again = finetune.dropout(module, x)
-    assert not torch.equal(y, again)
-    torch.manual_seed(0)
-    torch.rand(1, 1000, n // 1000)
-    assert torch.equal(y, finetune.dropout(module, x))
-    assert torch.equal(x, finetune.dropout(module.eval(), x))
-
-
-def test_an_adapter_has_that_dropout(batch) -> None:
-    model = tuned_model(settings(targets="all", lora_dropout=0.5), torch.float32)
-    module = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout))
-    x, seen = torch.ones(4, 100), []
-    for make in (module, lambda x: finetune.dropout(module, x)):
-        torch.manual_seed(3)
-        seen.append(make(x))
-    assert torch.equal(*seen) and 0.3 < (seen[0] == 0).float().mean() < 0.7
-
-
 def test_memory_that_runs_out_turns_gradient_checkpointing_on(batch, monkeypatch, capsys) -> None:
     model, tried = tuned_model(settings()), []
 
     def run_row(run, row, weights):
-        tried.append((len(row), run.recompute_above))
-        if run.recompute_above > limit:
+        tried.append((len(row), run.recompute))
+        if run.recompute not in fits:
             raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(finetune, "run_row", run_row)
-    limit, run = 0, make_run(model, batch, settings())
+    fits, run = [True], make_run(model, batch, settings())
     finetune.fit(run)
-    assert tried == [(len(batch), math.inf), (len(batch), 0)] and run.recompute_above == 0
+    assert tried == [(len(batch), False), (len(batch), True)] and run.recompute
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert "gradient checkpointing is on" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not fit into memory.*--load-in-4bit"):
         finetune.fit(make_run(model, batch, settings(gradient_checkpointing=False)))
-    limit = -1
+    fits = []
     with pytest.raises(UserError, match="does not fit into memory.*--cutoff"):
         finetune.fit(make_run(model, batch, settings()))
 

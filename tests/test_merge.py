@@ -1,22 +1,21 @@
-"""Holds: merged weights are bit for bit those of PEFT's merge; several adapters are summed exactly;
-the merged model computes what base + adapter computes; memory does not grow with the model; what
-does not fit, and whatever stops a merge, leaves nothing behind."""
+"""Holds: merged weights are bit for bit those of PEFT's merge, for every kind and option that is
+merged module by module and for those that are merged plainly; several adapters are summed exactly;
+the merged model computes what base + adapter computes; memory is one output shard; what does not
+fit is refused in one line."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 import merge
 from build_dataset import UserError
@@ -59,6 +58,7 @@ CASES = {  # name: (changes of the base's config, those of the adapter's, number
         {"target_modules": ["q_proj", "o_proj"], "lora_bias": True},
         8,
     ),
+    "exclude": ({}, {"exclude_modules": ["up_proj"]}, 8),
     "ends": ({}, ENDS, 4),
     "ends dora": ({}, {**ENDS, "use_dora": True}, 4),
     "tied": ({"tie_word_embeddings": True}, {}, 10),
@@ -137,33 +137,213 @@ def merged_by_peft(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, t
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
 
 
+def assert_equal_to_peft(base: Path, adapter: Path, merged: Path, dtype: torch.dtype) -> int:
+    """Every tensor of the loaded folder has the bits of PEFT's merge; how many of them changed."""
+    expected = merged_by_peft(base, adapter, dtype)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        merged, dtype=dtype, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    ours = loaded.state_dict()
+    assert ours.keys() == expected.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == expected[name].dtype == dtype
+        assert torch.equal(tensor, expected[name]), name
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).state_dict()
+    return sum(not torch.equal(ours[name], before[name]) for name in ours)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
-def test_bit_identical_to_peft(tmp_path, monkeypatch, dtype, case: str) -> None:
-    monkeypatch.setattr(merge, "BLOCK_ELEMENTS", 1024)  # blocks of 64 rows
+def test_lora_is_bit_identical_to_peft(tmp_path, capsys, dtype, case: str) -> None:
     changes, config, count = CASES[case]
-    base = make_base(
-        tmp_path / "base", dtype, shards=case in ("lora", "ends", "tied head"), **changes
-    )
+    in_shards = case in ("lora", "lora_bias", "ends", "tied head")
+    base = make_base(tmp_path / "base", dtype, shards=in_shards, **changes)
     adapter = make_adapter(tmp_path / "adapter", base, **config)
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert assert_equal_to_peft(base, adapter, tmp_path / "m", dtype) == count
+    plainly = {"modules_to_save", "bias", "ensure_weight_tying"} & config.keys()
+    plainly |= {"embed_tokens", "lm_head", "wte"} & set(config.get("target_modules", ()))
+    assert ("whole model in memory" in capsys.readouterr().err) == bool(plainly)
+
+
+KINDS = {  # adapters that are merged module by module: PEFT's class, its options
+    "ia3": (peft.IA3Config, {"feedforward_modules": ["down_proj"]}),
+    "vera": (peft.VeraConfig, {"r": 4}),
+    "vera key": (peft.VeraConfig, {"r": 3, "d_initial": 0.3, "projection_prng_key": 7}),
+    "loha": (peft.LoHaConfig, {"r": 4, "alpha": 6}),
+    "loha patterns": (
+        peft.LoHaConfig,
+        {"r": 4, "alpha": 6, "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+    ),
+    "lokr": (peft.LoKrConfig, {"r": 4, "alpha": 6}),
+    "lokr both": (
+        peft.LoKrConfig,
+        {"r": 2, "alpha": 6, "decompose_both": True, "decompose_factor": 4},
+    ),
+    "lokr patterns": (
+        peft.LoKrConfig,
+        {"r": 4, "alpha": 6, "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+    ),
+    "oft": (peft.OFTConfig, {"r": 0, "oft_block_size": 8}),
+    "oft rank": (peft.OFTConfig, {"r": 4, "oft_block_size": 0, "use_cayley_neumann": True}),
+    "oft exact": (
+        peft.OFTConfig,
+        {"r": 0, "oft_block_size": 8, "use_cayley_neumann": False},
+    ),
+    "boft": (peft.BOFTConfig, {"boft_block_size": 8, "boft_n_butterfly_factor": 2}),
+    "boft blocks": (peft.BOFTConfig, {"boft_block_size": 0, "boft_block_num": 4}),
+    "hra": (peft.HRAConfig, {"r": 4}),
+    "hra gs": (peft.HRAConfig, {"r": 4, "apply_GS": True}),
+    "fourierft": (
+        peft.FourierFTConfig,
+        {"n_frequency": 50, "scaling": 90.0, "random_loc_seed": 5},
+    ),
+    "randlora": (
+        peft.RandLoraConfig,
+        {"r": 4, "randlora_alpha": 9, "projection_prng_key": 3},
+    ),
+    "miss": (peft.MissConfig, {"r": 4}),
+    "miss mini": (peft.MissConfig, {"r": 4, "mini_r": 2}),
+    "vblora": (peft.VBLoRAConfig, {"r": 4, "num_vectors": 16, "vector_length": 16, "topk": 3}),
+}
+
+
+def make_other(folder: Path, base: Path, kind: type, targets: list[str], **options) -> Path:
+    """An adapter of another kind than LoRA, moved as training would move it."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = kind(target_modules=targets, task_type="CAUSAL_LM", **options)
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_other_kinds_are_bit_identical_to_peft(tmp_path, capsys, dtype, name: str) -> None:
+    kind, options = KINDS[name]
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_other(tmp_path / "adapter", base, kind, TARGETS, **options)
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert assert_equal_to_peft(base, adapter, tmp_path / "m", dtype) == 10
+    assert "whole model in memory" not in capsys.readouterr().err
+
+
+CONV1D_KINDS = {
+    "ia3": (peft.IA3Config, {"feedforward_modules": ["c_proj"], "fan_in_fan_out": True}),
+    "vera": (peft.VeraConfig, {"r": 4, "fan_in_fan_out": True}),
+    "vblora": (
+        peft.VBLoRAConfig,
+        {"r": 4, "num_vectors": 16, "vector_length": 16, "topk": 3, "fan_in_fan_out": True},
+    ),
+    "fourierft": (peft.FourierFTConfig, {"n_frequency": 50, "fan_in_fan_out": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CONV1D_KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_other_kinds_on_conv1d(tmp_path, dtype, name: str) -> None:
+    kind, options = CONV1D_KINDS[name]
+    base = make_base(tmp_path / "base", dtype, model_type="gpt2")
+    adapter = make_other(tmp_path / "adapter", base, kind, ["c_attn", "c_proj"], **options)
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert assert_equal_to_peft(base, adapter, tmp_path / "m", dtype) >= 6
+
+
+def test_every_option_that_is_merged_by_module_is_tried_above() -> None:
+    """merge.BY_MODULE lists what was seen equal; here, that each of it is in one of the cases."""
+    tried = {"LORA": {"r", "lora_alpha", "init_lora_weights"}}
+    for _, config, _ in CASES.values():
+        tried["LORA"] |= config.keys()
+    for kind, options in KINDS.values():
+        tried.setdefault(kind().peft_type.value, set()).update(options)
+    assert tried.keys() == merge.BY_MODULE.keys()
+    for kind, options in merge.BY_MODULE.items():
+        assert options <= tried[kind], (kind, options - tried[kind])
+
+
+PLAINLY = {  # adapters that only PEFT's merge of the whole model gets right: options of LoRA
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "tokens": {"trainable_token_indices": [1, 5]},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", PLAINLY)
+@pytest.mark.filterwarnings("ignore")
+def test_what_rewrites_the_base_is_merged_plainly(tmp_path, capsys, dtype, case: str) -> None:
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_adapter(tmp_path / "adapter", base, **PLAINLY[case])
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert "whole model in memory" in capsys.readouterr().err
+    assert assert_equal_to_peft(base, adapter, tmp_path / "m", dtype) >= 10
+    with pytest.raises(UserError, match="alone only"):
+        run_merge(base, tmp_path / "n", "--adapter", f"{adapter}:0.5")
+
+
+MIXTRAL = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("experts", [[], EXPERTS], ids=["attention", "experts"])
+@pytest.mark.filterwarnings("ignore")
+def test_experts_that_the_disk_has_one_by_one(tmp_path, capsys, dtype, experts: list) -> None:
+    """transformers fuses them while it loads: tuned ones are merged plainly, others are copied."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**MIXTRAL)).to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    config = {"target_modules": ["q_proj"], "target_parameters": experts or None}
+    adapter = make_adapter(tmp_path / "adapter", base, **config)
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert ("whole model in memory" in capsys.readouterr().err) == bool(experts)
+    count = 2 + 2 * len(experts)
+    assert assert_equal_to_peft(base, adapter, tmp_path / "m", dtype) == count
+    assert weights(base).keys() == weights(tmp_path / "m").keys()
+
+
+def test_a_key_that_transformers_drops_is_copied(tmp_path, capsys) -> None:
+    """Early Llama files carry rotary_emb.inv_freq."""
+    base = make_base(tmp_path / "base", torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    key = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(base / "model.safetensors", lambda tensors: {**tensors, key: torch.ones(12)})
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert torch.equal(weights(tmp_path / "m")[key], torch.ones(12))
+    assert "whole model in memory" not in capsys.readouterr().err
+    expected = merged_by_peft(base, adapter, torch.bfloat16)
+    ours = weights(tmp_path / "m")
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_output_shards_are_small_whatever_the_input(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(merge, "SHARD_SIZE", "200KB")
+    base = make_base(tmp_path / "base", torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base)
     run = run_merge(base, tmp_path / "m", "--adapter", adapter)
-    expected = merged_by_peft(base, adapter, dtype)
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "m", dtype=dtype, output_loading_info=True
-    )
-    assert not any(info.values()), info
-    before, ours = weights(base), weights(tmp_path / "m")
-    for name, tensor in loaded.state_dict().items():
-        assert tensor.dtype == expected[name].dtype == dtype
-        assert torch.equal(tensor, expected[name]), name
-    assert all(tensor.dtype == dtype for tensor in ours.values())
-    changed = {n for n in ours if n not in before or not torch.equal(ours[n], before[n])}
-    if "lm_head.weight" in changed - before.keys():  # made its own, for the embedding has moved
-        ends = [before[n] for n in before if "embed_tokens" in n or "wte" in n]
-        changed -= {"lm_head.weight"} if torch.equal(ours["lm_head.weight"], ends[0]) else set()
-    assert len(changed) == count, sorted(changed)
-    assert run["counts"]["changed"] == count
+    shards = sorted((tmp_path / "m").glob("*.safetensors"))
+    assert len(shards) >= 3
+    assert max(path.stat().st_size for path in shards) < 205_000
+    assert {path.name for path in shards} < run["outputs"].keys()
+    assert_equal_to_peft(base, adapter, tmp_path / "m", torch.bfloat16)
 
 
 def test_adapter_in_half_precision_and_bare_backbone_names(tmp_path) -> None:
@@ -180,17 +360,6 @@ def test_adapter_in_half_precision_and_bare_backbone_names(tmp_path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
 
 
-def test_real_sizes_are_bit_identical_too(tmp_path) -> None:
-    """Matrices of several default blocks, with as many threads as there are cores."""
-    sizes = {"hidden_size": 1152, "intermediate_size": 3080, "num_hidden_layers": 1}
-    base = make_base(tmp_path / "base", torch.bfloat16, **sizes)
-    adapter = make_adapter(tmp_path / "adapter", base, r=16)
-    run_merge(base, tmp_path / "m", "--adapter", adapter)
-    expected, ours = merged_by_peft(base, adapter, torch.bfloat16), weights(tmp_path / "m")
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
-
-
 def neighbours(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The next smaller and larger number of a 2- or 4-byte float type, in float64."""
     ints = torch.int16 if x.dtype.itemsize == 2 else torch.int32
@@ -200,48 +369,52 @@ def neighbours(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["lora", "dora", "modules_to_save"])
-def test_two_adapters_are_summed_exactly_and_rounded_once(tmp_path, dtype, kind: str) -> None:
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+def test_two_adapters_are_summed_exactly_and_rounded_once(tmp_path, dtype, rslora) -> None:
     base = make_base(tmp_path / "base", dtype)
-    configs = {"dora": {"use_dora": True}, "modules_to_save": {"modules_to_save": ["lm_head"]}}
-    one = make_adapter(tmp_path / "1", base, 1, **configs.get(kind, {}))
-    two = make_adapter(tmp_path / "2", base, 2, r=8)
+    one = make_adapter(tmp_path / "1", base, 1, use_rslora=rslora)
+    two = make_adapter(tmp_path / "2", base, 2, r=8, target_modules=["up_proj", "o_proj"])
+    scales = (6 / 4**0.5 if rslora else 6 / 4, 6 / 8)
     run_merge(base, tmp_path / "m", "--adapter", one, "--adapter", f"{two}:-0.5")
     ours, before = weights(tmp_path / "m"), weights(base)
     files = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
     for name, new in ours.items():
         stem = "base_model.model." + name.removesuffix(".weight")
-        old = before[name].double()
-        exact = old.clone()
-        for tensors, weight, scale in zip(files, (1.0, -0.5), (6 / 4, 6 / 8), strict=True):
+        exact = before[name].double()
+        for tensors, weight, scale in zip(files, (1.0, -0.5), scales, strict=True):
             if f"{stem}.lora_A.weight" in tensors:
-                a, b = (tensors[f"{stem}.lora_{m}.weight"].double() for m in "AB")
-                moved = old + scale * (b @ a)
-                if f"{stem}.lora_magnitude_vector" in tensors:
-                    norms = moved.square().sum(1).sqrt()
-                    moved *= (tensors[f"{stem}.lora_magnitude_vector"] / norms)[:, None]
-                exact += weight * (moved - old)
-            elif f"{stem}.weight" in tensors:
-                exact += weight * (tensors[f"{stem}.weight"].double() - old)
+                a = tensors[f"{stem}.lora_A.weight"].double()
+                b = tensors[f"{stem}.lora_B.weight"].double()
+                exact += weight * scale * (b @ a)
         off = (new.double() - exact).abs()
         for neighbour in neighbours(new):  # none of the two is nearer
-            nearer = (neighbour - exact).abs() < off * (1 - 1e-6)
+            nearer = (neighbour - exact).abs() < off * (1 - 1e-3)
             assert not nearer.any(), (name, nearer.sum())
+    changed = {name for name in ours if not torch.equal(ours[name], before[name])}
+    assert len(changed) == 12  # up_proj of both, o_proj of the second alone
 
 
-def test_rounding_once_where_torch_rounds_twice() -> None:
-    tie = 1 + 2.0**-8  # halfway between two bfloat16
-    exact = torch.tensor(
-        [tie, tie + 2.0**-40, tie - 2.0**-40, -tie - 2.0**-40], dtype=torch.float64
-    )
-    assert exact.to(torch.bfloat16).tolist() == [1, 1, 1, -1]
-    up = 1 + 2.0**-7
-    assert merge.round_once(exact, torch.bfloat16).tolist() == [1, up, 1, -up]
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_summed_is_refused_by_name(small, tmp_path) -> None:
+    base, plain = small
+    for options, words in (
+        ({"use_dora": True}, "use_dora = True"),
+        ({"modules_to_save": ["norm"]}, "alone only"),
+    ):
+        adapter = make_adapter(tmp_path / words[:4], base, **options)
+        with pytest.raises(UserError, match=words):
+            run_merge(base, tmp_path / "m", "--adapter", plain, "--adapter", adapter)
+        with pytest.raises(UserError, match=words):
+            run_merge(base, tmp_path / "m", "--adapter", f"{adapter}:2")
+    ia3 = make_other(tmp_path / "ia3", base, *KINDS["ia3"][:1], TARGETS, **KINDS["ia3"][1])
+    with pytest.raises(UserError, match="peft_type"):
+        run_merge(base, tmp_path / "m", "--adapter", f"{ia3}:2")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_weight_scales_the_change(tmp_path) -> None:
     base = make_base(tmp_path / "base", torch.float32)
-    adapter = make_adapter(tmp_path / "adapter", base, use_dora=True)
+    adapter = make_adapter(tmp_path / "adapter", base, use_rslora=True)
     run_merge(base, tmp_path / "1", "--adapter", adapter)
     run_merge(base, tmp_path / "3", "--adapter", f"{adapter}:3")
     before, once, thrice = (weights(p) for p in (base, tmp_path / "1", tmp_path / "3"))
@@ -269,11 +442,15 @@ def test_merged_logits_are_those_of_base_and_adapter(tmp_path, case: str) -> Non
 def test_check_logits_sees_a_fault(tmp_path, monkeypatch) -> None:
     base = make_base(tmp_path / "base", torch.float32)
     adapter = make_adapter(tmp_path / "adapter", base)
-    scaling = merge.scaling
-    monkeypatch.setattr(merge, "scaling", lambda *found: 1.5 * scaling(*found))
+    merge_layer = merge.merge_layer
+
+    def wrong(plan, path):
+        return {name: 1.01 * tensor for name, tensor in merge_layer(plan, path).items()}
+
+    monkeypatch.setattr(merge, "merge_layer", wrong)
     with pytest.raises(UserError, match="--check-logits"):
         run_merge(base, tmp_path / "m", "--adapter", adapter, "--check-logits")
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    assert not (tmp_path / "m/run.json").exists()
 
 
 # --- the folder: lineage, card, proof -------------------------------------------------------------
@@ -292,26 +469,18 @@ def test_chains_keep_their_lineage_and_cards_their_own_words(tmp_path) -> None:
     assert "llama2" in card and "own card" not in card and str(one) in card
     assert (tmp_path / "n/LICENSE.txt").read_text() == "Community licence"
     assert {"README.md", "run.json", "config.json"} < {p.name for p in (tmp_path / "n").iterdir()}
-    assert run["adapters"][0]["sha256"] and run["proof"]["tensors_equal_to_base"] == 11
+    assert run["adapters"][0]["sha256"] and run["counts"] == {"tuned_modules": 10}
 
 
-@pytest.mark.parametrize("spoil", ["copied", "changed"])
-def test_the_proof_finds_one_wrong_number(tmp_path, monkeypatch, spoil: str) -> None:
-    """One number, in a row that is sampled, or anywhere in a tensor that was only copied."""
+def test_only_known_files_are_copied(tmp_path) -> None:
     base = make_base(tmp_path / "base", torch.float32)
-    adapter = make_adapter(tmp_path / "adapter", base)
-    blocks = merge.new_blocks
-
-    def spoilt(plan, name):
-        for number, block in enumerate(blocks(plan, name)):
-            if number == 0 and (spoil == "changed") == (name in plan.changed()):
-                block[0 if spoil == "changed" else -1, -2] += 1  # the third byte of a float32
-            yield block
-
-    monkeypatch.setattr(merge, "new_blocks", spoilt)
-    with pytest.raises(AssertionError, match="is off by" if spoil == "changed" else "is not what"):
-        run_merge(base, tmp_path / "m", "--adapter", adapter)
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    for name in ("code.py", "state.pkl", "notes.txt", "optimizer.npz", "tokenizer.model"):
+        (base / name).write_text(name)
+    run = run_merge(base, tmp_path / "m", "--adapter", make_adapter(tmp_path / "a", base))
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    usual = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert names == usual | {"tokenizer.model", "run.json"}
+    assert run["outputs"].keys() == usual | {"tokenizer.model"}
 
 
 # --- another base, a partner, 4-bit training ------------------------------------------------------
@@ -374,15 +543,16 @@ def test_norms_of_the_table(pair, tmp_path) -> None:
     run = run_merge(other, tmp_path / "n", "--adapter", adapter, "--foreign-base")
     row = next(line for line in run["norms"] if "layer 1" in line)
     shown = [float(cell) for cell in row.split("|")[2:5]]
+    # the table's change is that of the numbers written, rounded to bfloat16
     w, change = (square**0.5 for square in squares(adapter, weights(other), "layers.1."))
     assert shown == pytest.approx([w, change, change / w], rel=1e-3)
 
 
 def test_another_architecture_is_refused(pair, tmp_path) -> None:
     _, adapter, other = pair
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
-    with pytest.raises(UserError, match="model_type llama -> mistral"):
+    config = {"model_type": "gpt2", "n_embd": 96, "n_layer": 2, "n_head": 4, "vocab_size": 160}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not fit"):
         run_merge(other, tmp_path / "n", "--adapter", adapter, "--foreign-base")
 
 
@@ -435,40 +605,12 @@ def test_training_on_flagged_rows_is_written_down(pair, tmp_path) -> None:
     assert run_merge(base, tmp_path / "n", "--adapter", adapter)["warnings"] == []
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_what_nf4_took_away(tmp_path, monkeypatch) -> None:
-    from bitsandbytes import functional
-
-    monkeypatch.setattr(merge, "BLOCK_ELEMENTS", 1024)
-    wide = {"hidden_size": 128, "intermediate_size": 192}  # bitsandbytes errs elsewhere on CPUs
-    base = make_base(tmp_path / "base", torch.bfloat16, **wide)
-    adapter = fingerprinted(make_adapter(tmp_path / "adapter", base), base, load_in_4bit=True)
-    plain, coarse = (["--adapter", adapter, *more] for more in ([], ["--dequantised-base"]))
-    run = run_merge(base, tmp_path / "m", *plain)
-    before, ours = weights(base), weights(tmp_path / "m")
-    expected = merged_by_peft(base, adapter, torch.bfloat16)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
-    dequantised, error = {}, 0.0
-    for name, tensor in before.items():
-        if tensor.dim() == 2 and "embed" not in name and "head" not in name:
-            codes, state = functional.quantize_4bit(
-                tensor, quant_type="nf4", blocksize=64, compress_statistics=True
-            )
-            dequantised[name] = functional.dequantize_4bit(codes, state)
-            if "layers.0" in name and not torch.equal(ours[name], tensor):
-                error += (dequantised[name].float() - tensor).square().sum().item()
-    row = next(line for line in run["norms"] if "layer 0" in line)
-    _, change = squares(adapter, before, "layers.0.")
-    assert float(row.split("|")[6]) == pytest.approx((error / change) ** 0.5, rel=1e-3)
-    run_merge(base, tmp_path / "n", *coarse)
-    ours = weights(tmp_path / "n")
-    save_file({**before, **dequantised}, base / "model.safetensors", metadata={"format": "pt"})
-    expected = merged_by_peft(base, adapter, torch.bfloat16)
-    assert len(dequantised) == 14
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
-    fingerprinted(adapter, base)
-    with pytest.raises(UserError, match="not trained on NF4"):
-        run_merge(base, tmp_path / "o", *coarse)
+def test_training_on_nf4_is_said(pair, tmp_path, capsys) -> None:
+    base, adapter, _ = pair
+    fingerprinted(adapter, base, load_in_4bit=True)
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert "evaluate.py --load-in-4bit --adapter" in capsys.readouterr().err
+    assert_equal_to_peft(base, adapter, tmp_path / "m", torch.bfloat16)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -518,25 +660,28 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
     "config not UTF-8": (lambda b, a: (a / CONFIG).write_bytes(b"\xff\xfe{}"), "is not JSON"),
     "config a list": (lambda b, a: (a / CONFIG).write_text("[]"), "holds a list"),
     "config deep": (lambda b, a: (a / CONFIG).write_text("[" * 99999), "is not JSON"),
-    "unknown kind": (lambda b, a: edit_json(a / CONFIG, peft_type="LOHA"), "peft_type is LOHA"),
-    "kind a number": (lambda b, a: edit_json(a / CONFIG, peft_type=3), "peft_type cannot be 3"),
-    "kind a list": (lambda b, a: edit_json(a / CONFIG, peft_type=["LORA"]), "peft_type cannot be"),
-    "rank text": (lambda b, a: edit_json(a / CONFIG, r="4"), "r cannot be '4'"),
-    "rank true": (lambda b, a: edit_json(a / CONFIG, r=True), "r cannot be True"),
-    "rank null": (lambda b, a: edit_json(a / CONFIG, r=None), "is not a rank"),
-    "rank 0": (lambda b, a: edit_json(a / CONFIG, r=0), "is not a rank"),
-    "wrong rank": (lambda b, a: edit_json(a / CONFIG, r=8), "not of rank 8"),
-    "alpha infinite": (lambda b, a: edit_json(a / CONFIG, lora_alpha=1e999), "is not a rank or an"),
-    "pattern a list": (lambda b, a: edit_json(a / CONFIG, rank_pattern=[1]), "rank_pattern cannot"),
-    "pattern no regex": (lambda b, a: edit_json(a / CONFIG, rank_pattern={"(": 1}), "rank_pattern"),
-    "pattern of text": (lambda b, a: edit_json(a / CONFIG, alpha_pattern={"x": "y"}), "not a rank"),
-    "dora a text": (lambda b, a: edit_json(a / CONFIG, use_dora="no"), "use_dora cannot be 'no'"),
-    "dora missing": (lambda b, a: edit_json(a / CONFIG, use_dora=True), "do not fit each other"),
-    "parameters": (
-        lambda b, a: edit_json(a / CONFIG, target_parameters=["experts"]),
-        "target_parameters",
+    "another kind": (lambda b, a: edit_json(a / CONFIG, peft_type="LOHA"), "no option of LOHA"),
+    "no kind": (lambda b, a: edit_json(a / CONFIG, peft_type="LORAX"), "is no kind of adapter"),
+    "kind a number": (lambda b, a: edit_json(a / CONFIG, peft_type=3), "is no kind"),
+    "kind a list": (lambda b, a: edit_json(a / CONFIG, peft_type=["LORA"]), "is no kind"),
+    "rank text": (lambda b, a: edit_json(a / CONFIG, r="4"), "does not fit"),
+    "rank null": (lambda b, a: edit_json(a / CONFIG, r=None), "does not fit"),
+    "rank 0": (lambda b, a: edit_json(a / CONFIG, r=0), "does not fit"),
+    "wrong rank": (lambda b, a: edit_json(a / CONFIG, r=8), "size mismatch"),
+    "alpha infinite": (lambda b, a: edit_json(a / CONFIG, lora_alpha=1e999), "is not finite"),
+    "pattern a list": (lambda b, a: edit_json(a / CONFIG, rank_pattern=[1]), "does not fit"),
+    "pattern no regex": (lambda b, a: edit_json(a / CONFIG, rank_pattern={"(": 1}), "does not fit"),
+    "pattern of text": (lambda b, a: edit_json(a / CONFIG, alpha_pattern={"up_proj": "y"}), "fit"),
+    "dora missing": (lambda b, a: edit_json(a / CONFIG, use_dora=True), "10 of the 30 tensors"),
+    "unknown option": (lambda b, a: edit_json(a / CONFIG, use_magic=True), "use_magic"),
+    "replication": (
+        lambda b, a: edit_json(a / CONFIG, layer_replication=[[0, 2], [0, 2]]),
+        "layer_replication cannot be merged",
     ),
-    "pissa": (lambda b, a: edit_json(a / CONFIG, init_lora_weights="pissa"), "changed the base"),
+    "pissa": (
+        lambda b, a: edit_json(a / CONFIG, init_lora_weights="pissa_niter_4"),
+        "changed the base by chance",
+    ),
     "pickled adapter": (
         lambda b, a: (a / ADAPTER).rename(a / "adapter_model.bin"),
         "convert it: python -c",
@@ -546,11 +691,11 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
     "adapter empty": (lambda b, a: cut(a / ADAPTER, 0), "cut short"),
     "surplus key": (
         lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, "surplus": torch.zeros(1)}),
-        "1 of its 21 tensors would be ignored: ['surplus']",
+        "1 of its 21 tensors would be ignored: surplus",
     ),
     "B missing": (
         lambda b, a: edit_tensors(a / ADAPTER, lambda t: {k: t[k] for k in t if k != B0}),
-        "1 of its 19 tensors would be ignored",
+        f"1 of the 20 tensors that its config selects are missing: {B0}",
     ),
     "magnitude without dora": (
         lambda b, a: edit_tensors(
@@ -559,13 +704,13 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
         ),
         "would be ignored",
     ),
+    "half of the layers": (
+        lambda b, a: edit_tensors(a / ADAPTER, lambda t: {k: t[k] for k in t if "layers.0" in k}),
+        "10 of the 20 tensors that its config selects are missing",
+    ),
     "one-dimensional A": (
         lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, A0: torch.ones(4)}),
-        "do not fit each other",
-    ),
-    "whole numbers": (
-        lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, A0: t[A0].int()}),
-        "holds I32, not floats",
+        "size mismatch",
     ),
     "NaN": (
         lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, A0: t[A0] * torch.nan}),
@@ -579,13 +724,9 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
     ),
     "too large": (
         lambda b, a: edit_tensors(a / ADAPTER, lambda t: {**t, A0: t[A0] * 1e25, B0: t[B0] * 1e25}),
-        "the sum is not finite in BF16",
+        "the sum is not finite in torch.bfloat16",
     ),
     "no base config": (lambda b, a: (b / "config.json").unlink(), "config.json is missing"),
-    "tied a text": (
-        lambda b, a: edit_json(b / "config.json", tie_word_embeddings="yes"),
-        "tie_word_embeddings cannot be 'yes'",
-    ),
     "quantised base": (
         lambda b, a: edit_json(b / "config.json", quantization_config={"quant_method": "gptq"}),
         "quantised; merge into the original",
@@ -595,7 +736,7 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
             edit_tensors(p, lambda t: {k: t[k].to(torch.int8) for k in t})
             for p in b.glob("*.safetensors")
         ],
-        "holds I8, not floats; merge into the 16-bit original",
+        "holds torch.int8; merge into the 16-bit original",
     ),
     "missing shard": (lambda b, a: first_shard(b).unlink(), "has no model-00001-of-"),
     "shard cut": (lambda b, a: cut(first_shard(b), 30000), "cut short"),
@@ -605,19 +746,15 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
     "header type": (lambda b, a: header(first_shard(b), dtype=7), "no safetensors file"),
     "index no JSON": (lambda b, a: (b / INDEX).write_text("nope"), "is not JSON"),
     "index a list": (lambda b, a: edit_json(b / INDEX, weight_map=["x"]), "weight_map cannot be"),
-    "index empty": (lambda b, a: edit_json(b / INDEX, weight_map={}), "is no file of its folder"),
-    "index of numbers": (lambda b, a: edit_json(b / INDEX, weight_map={"x": 3}), "[3] is no file"),
+    "index empty": (lambda b, a: edit_json(b / INDEX, weight_map={}), "has no tensors"),
+    "index of numbers": (lambda b, a: edit_json(b / INDEX, weight_map={"x": 3}), "has no 3"),
     "index outside": (
         lambda b, a: edit_json(b / INDEX, weight_map={"x": "../y.safetensors"}),
         "is no file of its folder",
     ),
-    "index wrong": (
-        lambda b, a: edit_json(b / INDEX, weight_map={"absent": first_shard(b).name}),
-        "['absent'] is not in the shard",
-    ),
     "pickled base": (
         lambda b, a: [p.rename(p.with_suffix(".bin")) for p in b.glob("*.safetensors")],
-        "convert its pickles: python -c",
+        "save it as safetensors first",
     ),
     "finetune unfinished": (
         lambda b, a: (a / ".unfinished").write_text("python finetune.py"),
@@ -633,7 +770,7 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.filterwarnings("ignore")
-def test_bad_input_is_one_line_and_leaves_nothing(small, tmp_path, case: str) -> None:
+def test_bad_input_is_one_line_and_nothing_looks_finished(small, tmp_path, case: str) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(small[0], base), shutil.copytree(small[1], adapter)
     spoil, words = BAD[case]
@@ -641,7 +778,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(small, tmp_path, case: str) ->
     with pytest.raises(UserError) as refused:
         run_merge(base, tmp_path / "m", "--adapter", adapter)
     assert words in str(refused.value) and "\n" not in str(refused.value), refused.value
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    if (tmp_path / "m").exists():  # found while merging: the folder is marked, and is no input
+        assert (tmp_path / "m/.unfinished").exists() and not (tmp_path / "m/run.json").exists()
 
 
 ODD = [None, True, 1e999, "x", ["x"], {"x": []}]
@@ -673,23 +811,19 @@ def test_odd_json_types_anywhere_are_one_line(small, tmp_path, file: str) -> Non
                 path.write_text(json.dumps({**whole, key: odd}))
                 try:
                     merge.main(args)
-                    shutil.rmtree(tmp_path / "m")
                 except UserError as error:
                     assert "\n" not in str(error)
                     refused += 1
-                assert not (tmp_path / "m").exists() and not (tmp_path / ".m.tmp").exists()
+                shutil.rmtree(tmp_path / "m", ignore_errors=True)
         path.write_text(json.dumps(whole))
-    assert refused
+    assert refused or file == "base_fingerprint.json"  # of another base, which was asked for
 
 
 def test_wrong_bases_are_refused(small, tmp_path) -> None:
     base, adapter = small
     for changes, words in {
-        "wide": (
-            {"intermediate_size": 256},
-            "down_proj.weight is [96, 256] there, not [[96, 224]]",
-        ),
-        "shallow": ({"num_hidden_layers": 1}, "layers.1"),
+        "wide": ({"intermediate_size": 256}, "torch.Size([224, 4])"),
+        "shallow": ({"num_hidden_layers": 1}, "would be ignored"),
         "narrow": ({"hidden_size": 64, "head_dim": 24}, "does not fit"),
     }.values():
         other = make_base(tmp_path / words[:4], torch.bfloat16, **changes)
@@ -698,8 +832,9 @@ def test_wrong_bases_are_refused(small, tmp_path) -> None:
         assert words in str(refused.value)
     grown = make_base(tmp_path / "grown", torch.bfloat16, vocab_size=164)
     ends = make_adapter(tmp_path / "ends", base, **ENDS)
-    with pytest.raises(UserError, match="another vocabulary"):
+    with pytest.raises(UserError, match="does not fit"):
         run_merge(grown, tmp_path / "m", "--adapter", ends)
+    assert not (tmp_path / "m").exists()
 
 
 def test_flags_and_places(small, tmp_path) -> None:
@@ -733,120 +868,57 @@ def test_flags_and_places(small, tmp_path) -> None:
     assert_refused(done, "nobody/nothing: no such folder", "HF_TOKEN")
 
 
-def test_a_finished_model_is_kept_until_the_new_one_is_proved(small, tmp_path, monkeypatch) -> None:
+def test_a_finished_model_is_not_overwritten_unasked(small, tmp_path, monkeypatch) -> None:
     base, adapter = small
     out = tmp_path / "m"
     run_merge(base, out, "--adapter", adapter)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match="--overwrite"):
         run_merge(base, out, "--adapter", adapter)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
-    with pytest.raises(UserError, match="GB needed, 0.0 free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, -(10**6)))
+    with pytest.raises(UserError, match="GB needed"):
         run_merge(base, out, "--adapter", adapter, "--overwrite")
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
     (out / "mine.txt").write_text("a note of mine")
     run_merge(base, out, "--adapter", f"{adapter}:2", "--overwrite")
     assert (out / "mine.txt").exists() and (out / "README.md").read_bytes() != before["README.md"]
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_a_full_disk_in_the_middle_leaves_nothing(small, tmp_path) -> None:
+def test_a_merge_that_broke_off_begins_again(small, tmp_path, monkeypatch) -> None:
+    """Shards that it left are gone afterwards: transformers would take the wrong ones."""
+    base, adapter = small
+    out = tmp_path / "m"
+    monkeypatch.setattr(merge, "SHARD_SIZE", "100KB")
+    merged = []
+
+    def stopped(plan, path):
+        merged.append(path)
+        if len(merged) == 8:
+            raise KeyboardInterrupt
+        return merge_layer(plan, path)
+
+    merge_layer = merge.merge_layer
+    monkeypatch.setattr(merge, "merge_layer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(base, out, "--adapter", adapter)
+    monkeypatch.undo()
+    assert list(out.glob("model-*.safetensors")) and (out / ".unfinished").exists()
+    run_merge(base, out, "--adapter", adapter)
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert not any(path.name.startswith(".") for path in out.iterdir())
+    assert_equal_to_peft(base, adapter, out, torch.bfloat16)
+
+
+def test_a_full_disk_in_the_middle_is_one_line(small, tmp_path) -> None:
     base, adapter = small
     args = ["--adapter", adapter, "--base-model", base, "--out", tmp_path / "m"]
     command = [sys.executable, ROOT / "merge.py", *args]
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *map(str, command)]  # 100 kB
     assert_refused(subprocess.run(limited, capture_output=True, text=True), "File too large")
-    assert not list(tmp_path.iterdir())
-
-
-def in_child(work, wait: float, stop: int) -> int:
-    """Run work() in a forked child that gets the signal `stop` after `wait` seconds."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child's try
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            work()
-            os._exit(0)
-        except KeyboardInterrupt:
-            os._exit(130)
-        except BaseException:
-            os._exit(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    time.sleep(wait)
-    os.kill(child, stop)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_killed_merges_leave_the_old_model_or_the_new_one(small, tmp_path, stop) -> None:
-    base, adapter = small
-    out = tmp_path / "m"
-
-    def work(weight: int, *more: str) -> dict:
-        return run_merge(base, out, "--adapter", f"{adapter}:{weight}", *more)
-
-    torch.set_num_threads(1)  # a forked child has no other threads
-    began = time.monotonic()
-    work(1)
-    whole = time.monotonic() - began
-    codes = set()
-    for trial in range(12):
-        codes.add(in_child(lambda: work(2, "--overwrite"), whole * trial / 3, stop))
-        if not (out / ".unfinished").exists():
-            run = json.loads((out / "run.json").read_text())
-            for name, about in run["outputs"].items():
-                assert merge.shared.sha256_of(out / name) == about["sha256"]
-    assert codes == {-9 if stop == signal.SIGKILL else 130, 0}
-    (tmp_path / ".m.tmp").mkdir(exist_ok=True)  # as if killed in the middle
-    (tmp_path / ".m.tmp/.unfinished").write_text("python merge.py")
-    (tmp_path / ".m.tmp/half.safetensors").write_text("half")
-    work(3, "--overwrite")
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
-    assert not any(path.name.startswith(".") for path in out.iterdir())
-
-
-def test_ctrl_c_takes_the_half_written_away(small, tmp_path, monkeypatch) -> None:
-    base, adapter = small
-    blocks = merge.shard_bytes
-
-    def interrupted(plan, shard):
-        if shard != plan.shards[0]:
-            os.kill(os.getpid(), signal.SIGINT)
-        return blocks(plan, shard)
-
-    monkeypatch.setattr(merge, "shard_bytes", interrupted)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
-    with pytest.raises(KeyboardInterrupt):
-        run_merge(base, tmp_path / "m", "--adapter", adapter)
-    assert not list(tmp_path.iterdir())
-
-
-def test_killed_while_renaming(small, tmp_path, monkeypatch) -> None:
-    """What the killed merge had renamed and the next does not write is taken away."""
-    base, adapter = small
-    out, replace, count = tmp_path / "m", os.replace, [0]
-
-    def killed(source: Path, target: Path) -> None:
-        count[0] += target.parent == out
-        if count[0] == 4:
-            os._exit(9)
-        replace(source, target)
-
-    child = os.fork()
-    if child == 0:
-        os.replace = killed
-        run_merge(base, out, "--adapter", adapter)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert (out / ".unfinished").exists() and not (out / "run.json").exists()
-    single = make_base(tmp_path / "single", torch.bfloat16)
-    run_merge(single, out, "--adapter", adapter)
-    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
-    assert {path.name for path in tmp_path.iterdir()} == {"m", "single"}
+    assert (tmp_path / "m/.unfinished").exists() and not (tmp_path / "m/run.json").exists()
 
 
 def test_the_folder_itself_as_output(small, tmp_path, monkeypatch) -> None:
@@ -862,7 +934,7 @@ def test_two_merges_into_one_folder_are_kept_apart(small, tmp_path) -> None:
     from build_dataset import output_folder
 
     base, adapter = small
-    with output_folder(tmp_path / ".m.tmp", overwrite=False):
+    with output_folder(tmp_path / "m", overwrite=False):
         with pytest.raises(UserError, match="another process"):
             run_merge(base, tmp_path / "m", "--adapter", adapter)
-        assert (tmp_path / ".m.tmp/.unfinished").exists()
+        assert (tmp_path / "m/.unfinished").exists()

@@ -1,6 +1,6 @@
 """Holds: every key does what it says; a verdict is on disk when its key returns; two reviewers see
 each other; text from files cannot act on the terminal; a log is followed whatever happens to it;
-every step's state is told by hash and lock; nothing is cut at 80 x 24."""
+every step's state is told by records and lock; nothing is cut at 80 x 24."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from conftest import ROOT, assert_refused, run_script
 
 import check_contamination as check
 import tui
-from build_dataset import UserError, sealed, sha256_of
+from build_dataset import UserError, sha256_of
 
 HOSTILE = [
     *(
@@ -516,15 +516,25 @@ def test_results_are_a_sorted_table_with_bars(folder) -> None:
     assert any("no results.json" in line for line in drive(folder, ["3"]).lines_shown)
 
 
+def test_the_average_is_the_first_result_in_every_order(folder) -> None:
+    """A mean of four benchmarks: no question of it is gained or lost, and it has no p."""
+    average = {"metric": "mean", "gained": None, "lost": None, "p": None}
+    rows = [comparison("arc", 2.0), comparison("average", 1.0, **average)]
+    rows += [comparison("mmlu", -3.0), comparison("mmlu/algebra", 9.0)]
+    (folder / "eval/results.json").write_text(json.dumps({"comparisons": rows}))
+    for presses in range(len(tui.RESULT_ORDERS)):
+        app = drive(folder, ["3", *["o"] * presses], size=(200, 60))
+        lines = [line for line in app.lines_shown if "%" in line and "points" not in line]
+        names = [line.split()[0] for line in lines]
+        assert names[0] == "average" and sorted(names[1:]) == ["algebra", "arc", "mmlu"], presses
+        assert lines[0].split()[-5:] == ["+2.5", "–", "–", "+1.0", "+5.0"]
+
+
 def finish(folder: Path, script: str, *inputs: Path, **more) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = {str(path): {"sha256": sha256_of(path)} for path in inputs}
     run = {"step": script, "command": f"python {script}.py --out {folder}", "inputs": about}
-    write_sealed(folder / "run.json", run | {"counts": {"rows": 1234}} | more)
-
-
-def write_sealed(path: Path, run: dict) -> None:
-    path.write_bytes(sealed((json.dumps(run | {"sha256": ""}, indent=2) + "\n").encode()))
+    (folder / "run.json").write_text(json.dumps(run | {"counts": {"rows": 1234}} | more))
 
 
 def test_states_of_the_pipeline(tmp_path) -> None:
@@ -537,7 +547,7 @@ def test_states_of_the_pipeline(tmp_path) -> None:
     )
     source = write_lines(tmp_path / "source.jsonl", [{"a": 1}])
     finish(out / "rows", "build_dataset", source)  # a folder with a name of its own
-    write_sealed(out / "rows/run.json", {"step": "merge", "base_model": "a model"})
+    (out / "rows/run.json").write_text(json.dumps({"step": "merge", "base_model": "a model"}))
     states = {state.script: state for state in tui.pipeline_states(out)}
     assert f"--model 'a model' --model '{out}/rows' " in states["evaluate"].command
     finish(out / "rows", "build_dataset", source)
@@ -548,7 +558,8 @@ def test_states_of_the_pipeline(tmp_path) -> None:
     data = write_lines(out / "dataset/dataset.jsonl", [{"id": "1"}])
     finish(out / "contamination", "check_contamination", data)
     log = write_lines(out / "contamination/decisions.jsonl", [{"pair_id": "p"}])
-    write_sealed(out / "contamination/apply.json", {"decisions_sha256": sha256_of(log)})
+    applied = {"decisions_sha256": sha256_of(log)}
+    (out / "contamination/apply.json").write_text(json.dumps(applied))
     (out / "adapter/checkpoints/step-10").mkdir(parents=True)
     (out / "adapter/.unfinished").write_text("python finetune.py --out x\n")
     (out / "other").mkdir()
@@ -569,23 +580,97 @@ def test_states_of_the_pipeline(tmp_path) -> None:
     states = {state.script: state for state in tui.pipeline_states(out)}
     assert states["check_contamination"].status == "stale"
     assert " apply --out " in states["check_contamination"].command
-    data.write_text('{"id": "2"}\n')
-    state = next(s for s in tui.pipeline_states(out) if s.script == "check_contamination")
-    assert state.status == "stale" and "dataset.jsonl" in state.why
-    assert state.command.endswith("--overwrite")
-    assert tui.pipeline_states(out, hashed=False)[1].status == "finished"
-    data.unlink()
-    (out / "contamination/apply.json").unlink()
-    state = next(s for s in tui.pipeline_states(out) if s.script == "check_contamination")
-    assert "gone" in state.why
-    lost = {"pairs.jsonl": {"sha256": "0" * 64}}
-    finish(out / "contamination", "check_contamination", outputs=lost)
-    state = next(s for s in tui.pipeline_states(out) if s.script == "check_contamination")
-    assert state.status == "edited" and "its own, gone: pairs.jsonl" in state.why
-    assert state.command.endswith("--overwrite") and not state.whole
     (out / "dataset/run.json").write_text("broken")
     state = tui.pipeline_states(out)[0]
-    assert state.status == "edited" and "run.json" in state.why
+    assert state.status == "unfinished" and "run.json" in state.why
+
+
+def make_chain(place: Path, rows: str = "1") -> Path:
+    """Three finished steps below place/out, by names that count from `place`; the last folder."""
+    before = write_lines(place / "raw/rows.jsonl", [{"raw": 1}])
+    for folder, file in (
+        ("dataset", "dataset.jsonl"),
+        ("contamination", "clean.jsonl"),
+        ("adapter", "adapter_model.safetensors"),
+    ):
+        path = write_lines(place / "out" / folder / file, [{"rows": rows, "of": folder}])
+        record_step(place, before, path)
+        before = path
+    return before.parent
+
+
+def record_step(place: Path, read: Path, written: Path) -> None:
+    inputs = {str(read.relative_to(place)): {"sha256": sha256_of(read)}}
+    outputs = {written.name: {"sha256": sha256_of(written)}}
+    script = tui.STEPS[written.parent.name][0]
+    run = {"step": script, "command": f"python {script}.py", "inputs": inputs, "outputs": outputs}
+    (written.parent / "run.json").write_text(json.dumps(run))
+
+
+def told(states: list) -> dict[str, tuple[str, str]]:
+    return {
+        state.script: (state.status, state.why) for state in states if state.status != "not run"
+    }
+
+
+def test_a_step_is_stale_once_the_one_before_it_is_made_again(tmp_path, monkeypatch) -> None:
+    last, out = make_chain(tmp_path), tmp_path / "out"
+    data, clean = out / "dataset/dataset.jsonl", out / "contamination/clean.jsonl"
+    hashed = []
+    monkeypatch.setattr(tui, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+
+    def statuses() -> list[str]:
+        return [status for status, _ in told(tui.pipeline_states(out)).values()]
+
+    assert statuses() == ["finished"] * 3
+    old = data.read_text()
+    data.write_text("{}\n")
+    assert statuses() == ["finished"] * 3  # by hand: that is for --lineage to find
+    record_step(tmp_path, tmp_path / "raw/rows.jsonl", data)
+    found = told(tui.pipeline_states(out))
+    assert found["check_contamination"] == ("stale", "made again since: out/dataset/dataset.jsonl")
+    status, why = found["finetune"]
+    assert status == "stale" and why.startswith("made from ") and why.endswith("which is stale")
+    todo = tui.pipeline_parts(tui.pipeline_states(out))[-1][0]
+    assert todo == "python check_contamination.py --overwrite"
+    data.write_text(old)
+    record_step(tmp_path, tmp_path / "raw/rows.jsonl", data)
+    assert statuses() == ["finished"] * 3  # made again with the same bytes
+    (out / "contamination/.unfinished").write_text("python check_contamination.py")
+    assert statuses() == ["finished", "unfinished", "stale"]
+    assert hashed == []  # the models below would take minutes
+    (out / "contamination/.unfinished").unlink()
+    clean.write_text("{}\n")
+    assert told(tui.lineage(last)) == {
+        "build_dataset": ("finished", "2 files as recorded, by hash"),
+        "check_contamination": ("edited", "edited or gone: clean.jsonl"),
+        "finetune": ("stale", "changed since, or gone: out/contamination/clean.jsonl"),
+    }
+    assert len(hashed) == len({*hashed}) == 4  # each file once, though a step wrote and one read it
+
+
+def test_lineage_walks_in_the_chain_that_it_is_asked_about(tmp_path, monkeypatch) -> None:
+    """Standing in a copy of it, whose names are the same."""
+    last, _ = make_chain(tmp_path / "mine"), make_chain(tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    assert all(state.whole for state in tui.lineage(last))
+    assert all(state.whole for state in tui.lineage(Path("out")))
+    data = tmp_path / "mine/out/dataset/dataset.jsonl"
+    text = data.read_text()
+    for damage in (lambda: data.write_text("{}\n"), data.unlink):
+        damage()
+        assert {script: status for script, (status, _) in told(tui.lineage(last)).items()} == {
+            "build_dataset": "edited",
+            "check_contamination": "stale",
+            "finetune": "finished",
+        }
+        assert all(state.whole for state in tui.lineage(Path("out/adapter")))
+    data.write_text(text)
+    (tmp_path / "copy/out/dataset/dataset.jsonl").write_text("{}\n")
+    assert all(state.whole for state in tui.lineage(last))
+    assert not all(state.whole for state in tui.lineage(Path("out/adapter")))
+    monkeypatch.chdir("out/adapter")
+    assert not all(state.whole for state in tui.lineage(Path()))
 
 
 def test_the_lock_of_a_step_is_seen_and_left_alone(tmp_path) -> None:
