@@ -15,13 +15,14 @@ adapter into it, and the result goes into the next output shard; every other ten
 the bits are those of merge_and_unload(), and memory is two output shards at most. Only
 kinds of adapters and options in BY_MODULE go this way, of which tests have seen equal bits; the
 others are merged by PEFT with the whole model in memory, and a line says so. Several adapters are
-added by their weights, in float64, and rounded once. An adapter is refused where a tensor of it
+added by their weights, in float64, and rounded. An adapter is refused where a tensor of it
 would not be used, or one that its config selects is missing.
 Time: somewhat less than PEFT's own merge takes, though every file is hashed; memory: two output
 shards beside the libraries (both measured: benchmarks/merge.py).
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -89,8 +90,8 @@ BY_MODULE = {  # kind: its options with which tests/test_merge.py has seen the b
     "MISS": {"r", "mini_r"},
     "VBLORA": {"r", "num_vectors", "vector_length", "topk"},
 }  # fmt: skip
-UNSET = (None, [], {})
-NEVER = {  # LoRA: what no merge of PEFT's gets right from the adapter's folder alone, and why
+UNSET = (None, [], {})  # values of an option that is not used
+NEVER = {  # options with which no merge can be right, and why
     "layer_replication": "its layers share weights, so that one would get the changes of all",
     "alora_invocation_tokens": "it changes only the tokens behind its invocation",
     "arrow_config": "it chooses among adapters by the input",
@@ -103,11 +104,11 @@ PROBE = "Below is an instruction that describes a task. At which temperature doe
 class Adapter:
     """An adapter folder of PEFT's."""
 
-    name: str  # PEFT's of it
+    name: str  # as PEFT calls it here
     folder: Path
-    weight: float  # among several
+    weight: float  # of its change in the sum
     config: dict[str, Any]
-    keys: set[str]  # of its tensors
+    keys: set[str]  # names of its tensors
 
 
 @dataclass
@@ -140,10 +141,10 @@ class Plan:
     """The merge of a model module by module."""
 
     base: Base
-    layers: dict[str, "BaseTunerLayer"]  # by the path of the module that each one tunes
+    layers: dict[str, "BaseTunerLayer"]  # path of a module -> PEFT's layer that tunes it
     disk_names: dict[str, str]  # the model's name of a parameter -> its name on the disk
-    adapter_names: list[str]  # PEFT's names of them
-    work_dtype: "torch.dtype | None" = None  # of the weights while PEFT merges; else their own
+    adapter_names: list[str]
+    work_dtype: "torch.dtype | None" = None  # of the weights, at least, while PEFT merges them
     norms: dict[str, Counter] | None = None  # layer: sums of squares, where they are wanted
 
 
@@ -161,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--partner-check", type=Path, metavar="DIR", help=text)
     text = "merge although pairs in --partner-check are not decided not-a-leak (paper: never)"
     add("--allow-contaminated", action="store_true", help=text)
-    text = "compare logits with those of base + adapter (loads one model at a time)"
+    text = "compare logits with those of base + adapter, each loaded in float32"
     add("--check-logits", action="store_true", help=text)
     args = parser.parse_args(argv)
 
@@ -244,12 +245,11 @@ def check_numbers(adapter: Adapter) -> None:
     for name, tensor in load_file(adapter.folder / ADAPTER).items():
         if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
             raise UserError(f"{adapter.folder}: {name} holds NaN or infinite numbers")
-        # a fresh LoRA has B = 0, of an embedding A = 0
-        fresh = re.search(r"lora_A|lora_embedding_B|base_layer", name)
-        if not fresh and tensor.any():
-            trained = True
+        # before training B = 0, of an embedding A = 0; the rest is not
+        if not re.search(r"lora_A|lora_embedding_B|lora_magnitude|base_layer", name):
+            trained = trained or bool(tensor.any())
     if not trained:
-        raise UserError(f"{adapter.folder} changes nothing: every B is zero (an untrained adapter)")
+        raise UserError(f"{adapter.folder} changes nothing: it is untrained (every B is zero)")
 
 
 def read_base(name: str) -> Base:
@@ -391,63 +391,79 @@ def check_keys(model: "PeftModel", adapter: Adapter) -> None:
         raise UserError(f"{adapter.folder} does not fit this base: {what}")
 
 
-def check_options(adapter: Adapter) -> None:
-    """Refuse an option that the installed PEFT does not know, and so would leave out."""
+def default_options(kind: str) -> dict[str, Any]:
+    """Return the options that the installed PEFT knows of a kind, with their defaults."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind = str(adapter.config.get("peft_type"))
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UserError(f"{adapter.folder}: peft_type = {kind} is no kind of adapter")
-    known = PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict()
+        raise UserError(f"peft_type = {kind} is no kind of adapter")
+    defaults = {}
+    for option in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind]):
+        defaults[option.name] = option.default
+        if option.default_factory is not dataclasses.MISSING:
+            defaults[option.name] = option.default_factory()
+    return defaults
+
+
+def check_options(adapter: Adapter) -> None:
+    """Refuse an option that the installed PEFT does not know, and so would leave out."""
+    kind = str(adapter.config.get("peft_type"))
+    known = default_options(kind)
     for option, value in adapter.config.items():
-        if option not in known and value not in UNSET:
+        if value and option not in known:
             what = f"{adapter.folder} has {option} = {value!r:.60}"
             mend = "install the version of PEFT that saved it"
             raise UserError(f"{what}, no option of {kind} in this PEFT; {mend}")
 
 
-def why_plainly(adapters: list[Adapter]) -> str:
-    """Say which option of an adapter forbids merging it module by module; empty where none does."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    for adapter in adapters:
-        kind = str(adapter.config.get("peft_type"))
-        if kind not in BY_MODULE:
-            return f"{adapter.folder} is of the kind {kind}"
-        usual = PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict()
-        for option, value in adapter.config.items():
-            seen = option in NO_MATTER or option in BY_MODULE[kind]
-            if not seen and value not in UNSET and value != usual.get(option):
-                return f"{adapter.folder} has {option} = {value!r:.60}"
-        if not isinstance(adapter.config.get("init_lora_weights", True), bool):
-            start = adapter.config["init_lora_weights"]
-            return f"{adapter.folder} has init_lora_weights = {start!r}, which may rewrite the base"
-    return ""
+class NotByModule(Exception):
+    """Why an adapter cannot be merged module by module."""
 
 
-def make_plan(base: Base, adapters: list[Adapter]) -> Plan | str:
-    """Plan the merge module by module, or say why the whole model has to be loaded."""
+def check_kind(adapter: Adapter) -> None:
+    """Raise NotByModule where a kind or an option is not on the list that tests have seen equal."""
+    kind = str(adapter.config.get("peft_type"))
+    if kind not in BY_MODULE:
+        raise NotByModule(f"{adapter.folder} is of the kind {kind}")
+    defaults = default_options(kind)
+    for option, value in adapter.config.items():
+        tested = option in NO_MATTER or option in BY_MODULE[kind]
+        if not tested and value not in UNSET and value != defaults.get(option):
+            raise NotByModule(f"{adapter.folder} has {option} = {value!r:.60}")
+    start = adapter.config.get("init_lora_weights", True)
+    if not isinstance(start, bool):
+        what = f"{adapter.folder} has init_lora_weights = {start!r}"
+        raise NotByModule(f"{what}, which may rewrite the base")
+
+
+def make_plan(base: Base, adapters: list[Adapter]) -> Plan:
+    """Plan the merge module by module; raises NotByModule where that might give other bits."""
     import torch
 
     for adapter in adapters:
-        check_numbers(adapter)
-        check_options(adapter)
-    why = why_plainly(adapters)
-    plan = None
-    if not why:
-        model = build_without_weights(base)
-        disk_names = match_names(model, base)
-        model = wrap(model, adapters, base)
-        plan = Plan(base, find_layers(model), disk_names, [adapter.name for adapter in adapters])
-        if adapters[0].config["peft_type"] == "LORA":
-            plan.work_dtype = torch.float32  # PEFT's own sum, by torch's faster code: the same bits
-        why = find_gap(plan) or find_tie(model)
-    weighted = len(adapters) > 1 or adapters[0].weight != 1
-    if weighted and why:
-        raise UserError(f"{why}: such an adapter can be merged alone only, with weight 1")
-    if weighted:
+        check_kind(adapter)
+    model = build_without_weights(base)
+    disk_names = match_names(model, base)
+    model = wrap(model, adapters, base)
+    plan = Plan(
+        base=base,
+        layers=find_layers(model),
+        disk_names=disk_names,
+        adapter_names=[adapter.name for adapter in adapters],
+    )
+    check_places(plan, model)
+    check_tie(model)
+    if adapters[0].config["peft_type"] == "LORA":
+        # PEFT adds a float32 change to the weights and rounds: the same sum, by torch's faster code
+        plan.work_dtype = torch.float32
+    if is_weighted(adapters):
         set_weights(plan, adapters)
-    return why or plan
+    return plan
+
+
+def is_weighted(adapters: list[Adapter]) -> bool:
+    """Whether there is more to do than to merge one adapter as it is."""
+    return len(adapters) > 1 or adapters[0].weight != 1
 
 
 def find_layers(model: "PeftModel") -> dict[str, "BaseTunerLayer"]:
@@ -461,30 +477,37 @@ def find_layers(model: "PeftModel") -> dict[str, "BaseTunerLayer"]:
     return layers
 
 
-def find_gap(plan: Plan) -> str:
-    """Say what of the adapter has no numbers, or no tensor on the disk; empty where all has."""
+def check_places(plan: Plan, model: "PeftModel") -> None:
+    """Raise NotByModule unless all numbers of the adapter are there, and those of the base are not.
+
+    Each tuned parameter needs a tensor on the disk. A parameter of the base that has numbers came
+    with the adapter, such as a saved embedding or a tuned bias.
+    """
+    of_adapter = set()
     for path, layer in plan.layers.items():
         for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
-            if not name.startswith("base_layer."):
-                if tensor.is_meta:
-                    return f"{path}.{name} is not in the adapter's file"
+            parameter = f"{path}.{name.removeprefix('base_layer.')}"
+            if name.startswith("base_layer."):
+                if parameter not in plan.disk_names:
+                    raise NotByModule(f"{parameter} has no tensor of its own on the disk")
                 continue
-            if not tensor.is_meta:
-                return f"{path}.{name} is in the adapter's file"
-            if f"{path}.{name.removeprefix('base_layer.')}" not in plan.disk_names:
-                return f"{path} has no tensor of its own in {plan.base.folder}"
-    return ""
+            of_adapter.add(id(tensor))
+            if tensor.is_meta:
+                raise NotByModule(f"{parameter} is not in the adapter's file")
+    for name, parameter in model.get_base_model().named_parameters():
+        if not parameter.is_meta and id(parameter) not in of_adapter:
+            raise NotByModule(f"{name} is in the adapter's file")
 
 
-def find_tie(model: "PeftModel") -> str:
-    """Say so where the adapter tunes an embedding that is the head, too; else nothing."""
+def check_tie(model: "PeftModel") -> None:
+    """Raise NotByModule where the adapter tunes an embedding or a head that are one tensor."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
-    tied = base.config.get_text_config().tie_word_embeddings
-    if tied and isinstance(base.get_input_embeddings(), BaseTunerLayer):
-        return "it tunes an embedding that is the head, too"
-    return ""
+    if base.config.get_text_config().tie_word_embeddings:
+        for end in (base.get_input_embeddings(), base.get_output_embeddings()):
+            if isinstance(end, BaseTunerLayer):
+                raise NotByModule("it tunes an embedding or a head that are one tensor")
 
 
 # --- merging --------------------------------------------------------------------------------------
@@ -523,31 +546,48 @@ def merge_by_module(plan: Plan, out: Path) -> list[Path]:
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
+    groups = group_tensors(plan)
+    sizes = {name: tensor.nbytes for name, tensor in plan.base.mapped()}
     split = split_state_dict_into_shards_factory(
-        {name: tensor.nbytes for name, tensor in plan.base.mapped()},
-        get_storage_size=lambda size: size,
-        get_storage_id=lambda _: None,  # no tensor on the disk shares another one's numbers
+        {key: sum(sizes[name] for name in names) for key, names in groups.items()},
+        get_storage_size=lambda size: size,  # the "tensors" that it splits are these sizes
+        get_storage_id=lambda _: None,  # none shares its numbers with another one
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_SIZE,
     )
     remove_shards(out)
-    written = []
+    places = {}
     with ThreadPoolExecutor(1) as writer:
         writing = None
-        for shard, names in split.filename_to_tensors.items():
-            tensors = new_tensors(plan, names)
+        for number, (shard, keys) in enumerate(split.filename_to_tensors.items(), 1):
+            tensors = new_tensors(plan, {key: groups[key] for key in keys})
+            places |= dict.fromkeys(tensors, shard)
             if writing:
                 writing.result()  # raises what went wrong there
             writing = writer.submit(write_shard, tensors, out / shard)
             del tensors  # the writer lets go of them before the next but one is made
-            written.append(out / shard)
-            print(f"{len(written)} of {len(split.filename_to_tensors)} shards", file=sys.stderr)
+            print(f"shard {number} of {len(split.filename_to_tensors)}", file=sys.stderr)
         writing.result()
+    written = [out / shard for shard in split.filename_to_tensors]
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": split.metadata, "weight_map": places}
         shared.write_file(out / INDEX, json.dumps(index, indent=2) + "\n")
         written.append(out / INDEX)
     return written
+
+
+def group_tensors(plan: Plan) -> dict[str, list[str]]:
+    """Group the tensors on the disk by what is made at once, so that no shard parts them.
+
+    {path of a tuned module: its weight and bias}, {name of another tensor: itself}.
+    """
+    parameters = {name: parameter for parameter, name in plan.disk_names.items()}
+    groups: dict[str, list[str]] = {}
+    for name in plan.base.files:
+        path = parameters.get(name, "").rpartition(".")[0]
+        key = path if path in plan.layers else name
+        groups.setdefault(key, []).append(name)
+    return groups
 
 
 def write_shard(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
@@ -558,11 +598,13 @@ def write_shard(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
+        temporary.chmod(0o644)  # safetensors lets only the owner read it
+        shared.sync(temporary)
+        os.replace(temporary, path)
     except SafetensorError as error:  # a full disk
         raise UserError(f"{path}: {error}") from None
-    temporary.chmod(0o644)  # safetensors lets only the owner read it
-    shared.sync(temporary)
-    os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove_shards(out: Path) -> None:
@@ -571,21 +613,20 @@ def remove_shards(out: Path) -> None:
         left.unlink()
 
 
-def new_tensors(plan: Plan, names: list[str]) -> dict[str, "torch.Tensor"]:
-    """Make the tensors of one shard: merged, or copied."""
-    parameters = {name: parameter for parameter, name in plan.disk_names.items()}
+def new_tensors(plan: Plan, groups: dict[str, list[str]]) -> dict[str, "torch.Tensor"]:
+    """Make the tensors of one shard, of group_tensors(): merged, or copied."""
     tensors = {}
-    tuned = {}  # paths, in their order
-    for name in names:
-        path = parameters.get(name, "").rpartition(".")[0]
-        if path in plan.layers:
-            tuned[path] = True
+    tuned = []
+    for key in groups:
+        if key in plan.layers:
+            tuned.append(key)
         else:
-            tensors[name] = plan.base.read(name)
+            tensors[key] = plan.base.read(key)
     with ThreadPoolExecutor(MODULES_AT_ONCE) as threads:
         for merged in threads.map(functools.partial(merge_layer, plan), tuned):
-            for name in merged.keys() & set(names):
-                tensors[name] = merged[name]
+            tensors |= merged
+            if plan.norms is not None:
+                add_norms(plan, merged)
     return tensors
 
 
@@ -606,9 +647,15 @@ def merge_layer(plan: Plan, path: str) -> dict[str, "torch.Tensor"]:
             hint = f"{name} holds {stored.dtype}; merge into the 16-bit original"
             raise UserError(f"{plan.base.files[name]}: {hint}")
         dtypes[attribute] = stored.dtype
-        numbers = stored.to(plan.work_dtype or stored.dtype, copy=True)  # never into the file
+        dtype = stored.dtype
+        if plan.work_dtype:
+            dtype = torch.promote_types(dtype, plan.work_dtype)
+        numbers = stored.to(dtype, copy=True)  # PEFT writes into it; `stored` is the mapped file
         setattr(module, attribute, torch.nn.Parameter(numbers, requires_grad=False))
-    layer.merge(adapter_names=plan.adapter_names)
+    try:
+        layer.merge(adapter_names=plan.adapter_names)
+    except Exception as error:
+        raise UserError(f"PEFT cannot merge {path}: {cause(error)}") from None
 
     merged = {}
     for attribute, dtype in dtypes.items():
@@ -616,25 +663,27 @@ def merge_layer(plan: Plan, path: str) -> dict[str, "torch.Tensor"]:
         merged[name] = getattr(module, attribute).detach().to(dtype).contiguous()
         if not is_finite(merged[name]):
             raise UserError(f"{name}: the sum is not finite in {dtype}")
-        if plan.norms is not None and attribute == "weight":
-            add_norms(plan, name, merged[name])
     module.to("meta")
     return merged
 
 
 def is_finite(tensor: "torch.Tensor") -> bool:
     """Whether a tensor holds neither NaN nor infinite numbers; much faster than isfinite()."""
-    return all(math.isfinite(end.item()) for end in tensor.aminmax())
+    low, high = tensor.aminmax()  # each is NaN where any number is
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def add_norms(plan: Plan, name: str, merged: "torch.Tensor") -> None:
-    """Add a matrix to its layer's sums of squares."""
-    number = re.search(r"\.(\d+)\.", name)
-    layer = f"layer {number[1]}" if number else name
-    weights = plan.base.read(name).double()
-    sums = plan.norms.setdefault(layer, Counter())
-    sums["weights"] += weights.square().sum().item()
-    sums["change"] += (merged.double() - weights).square().sum().item()
+def add_norms(plan: Plan, merged: dict[str, "torch.Tensor"]) -> None:
+    """Add a module's matrix to its layer's sums of squares: of the weights, and of their change."""
+    for name, new in merged.items():
+        if new.dim() != 2:
+            continue
+        number = re.search(r"\.(\d+)\.", name)
+        layer = f"layer {number[1]}" if number else name
+        weights = plan.base.read(name).double()
+        sums = plan.norms.setdefault(layer, Counter())
+        sums["weights"] += weights.square().sum().item()
+        sums["change"] += (new.double() - weights).square().sum().item()
 
 
 def norm_table(plan: Plan) -> str:
@@ -650,6 +699,7 @@ def norm_table(plan: Plan) -> str:
 
 def merge_plainly(base: Base, adapters: list[Adapter], out: Path) -> list[Path]:
     """Merge by PEFT with the whole model in memory; returns the files that were written."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -657,18 +707,25 @@ def merge_plainly(base: Base, adapters: list[Adapter], out: Path) -> list[Path]:
         model = AutoModelForCausalLM.from_pretrained(base.folder, **options)
     except Exception as error:  # as many kinds as there are models
         raise UserError(f"{base.folder} cannot be loaded: {cause(error)}") from None
+    was_tied = model.config.tie_word_embeddings
     model = wrap(model, adapters, base)
     untie_head(model)
     try:
         merged = model.merge_and_unload()
     except Exception as error:
-        fault = f"PEFT cannot merge {adapters[0].folder}: {cause(error)}"
-        raise UserError(fault) from None
+        raise UserError(f"PEFT cannot merge {adapters[0].folder}: {cause(error)}") from None
+    for name, parameter in merged.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise UserError(f"{name}: the sum is not finite in {parameter.dtype}")
+
     remove_shards(out)
-    merged.save_pretrained(out, max_shard_size=SHARD_SIZE)
-    if base.config.get("tie_word_embeddings") and not merged.config.tie_word_embeddings:
+    try:
+        merged.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    except SafetensorError as error:  # a full disk
+        raise UserError(f"{out}: {error}") from None
+    if was_tied and not merged.config.tie_word_embeddings:
         untie_config(base)
-    return sorted(out.glob("*.safetensors*"))
+    return [*sorted(out.glob("model*.safetensors*")), *sorted(out.glob("*config.json"))]
 
 
 def untie_head(model: "PeftModel") -> None:
@@ -694,7 +751,7 @@ def check_logits(base: Base, adapter: Path, merged: Path) -> dict[str, float]:
     """Compare the merged model's logits with those of base + adapter; relative distances.
 
     In float32, so that all that is left is the rounding of the merged weights. UserError where the
-    distance is above 16 units of that rounding.
+    distance is above 16 units of that rounding, or above that to the base's own logits.
     """
     import torch
     from peft import PeftModel
@@ -709,6 +766,7 @@ def check_logits(base: Base, adapter: Path, merged: Path) -> dict[str, float]:
         model = AutoModelForCausalLM.from_pretrained(base.folder, **options).eval()
         of_base = model(ids).logits
         of_both = PeftModel.from_pretrained(model, adapter).eval()(ids).logits
+        del model  # before the next one is loaded
         model = AutoModelForCausalLM.from_pretrained(merged, **options).eval()
         ours = model(ids).logits
 
@@ -719,7 +777,8 @@ def check_logits(base: Base, adapter: Path, merged: Path) -> dict[str, float]:
     print("logits, relative distance of the merged model:", found)
     dtypes = {tensor.dtype for _, tensor in base.mapped() if tensor.is_floating_point()}
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-    if not found["to_base_and_adapter"] <= max(1e-4, 16 * coarsest):
+    most = min(max(1e-4, 16 * coarsest), found["to_base"])
+    if not found["to_base_and_adapter"] <= most:
         raise UserError(f"--check-logits: merged and base + adapter differ: {found}")
     return found
 
@@ -878,8 +937,7 @@ def check_room(args: argparse.Namespace, base: Base, adapters: list[Adapter]) ->
             raise UserError(f"--out {args.out} lies inside {folder}, an input; name another folder")
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    if args.overwrite:
-        free += sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    free += sum(path.stat().st_size for path in out.glob("*model*.safetensors*"))  # of a former run
     size = sum(path.stat().st_size for path in set(base.files.values()))
     if size > free:
         raise UserError(f"{args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free")
@@ -906,7 +964,9 @@ def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]
 
     before = read_known(base.folder / "run.json", "lineage", list)
     lineage = [step for step in before if isinstance(step, dict)]
-    used = {known["folder"]: known["weight"] for known in described}
+    used = Counter()
+    for known in described:
+        used[known["folder"]] += known["weight"]
     lineage.append({"base_model": args.base_model, "adapters": used})
     return {
         "base_model": args.base_model,
@@ -924,6 +984,25 @@ def read_adapters(args: argparse.Namespace) -> list[Adapter]:
     own = adapters[0].config.get("base_model_name_or_path")
     args.base_model = args.base_model or str(own or "")
     return adapters
+
+
+def choose_way(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> Plan | None:
+    """Plan the merge module by module; None, and say why, where PEFT has to merge it as a whole."""
+    for adapter in adapters:
+        check_numbers(adapter)
+        check_options(adapter)
+    try:
+        plan = make_plan(base, adapters)
+    except NotByModule as reason:
+        if is_weighted(adapters):
+            fault = f"{reason}: such an adapter can be merged alone only, with weight 1"
+            raise UserError(fault) from None
+        print(f"merging with the whole model in memory: {reason}", file=sys.stderr)
+        if args.foreign_base:
+            print("without a table of norms, therefore", file=sys.stderr)
+        return None
+    plan.norms = {} if args.foreign_base else None
+    return plan
 
 
 def input_files(base: Base, adapters: list[Adapter]) -> list[Path]:
@@ -953,20 +1032,18 @@ def main(argv: list[str] | None = None) -> None:
     base = read_base(args.base_model)
     check_output(args.out, args.overwrite, base.folder, *(adapter.folder for adapter in adapters))
     check_room(args, base, adapters)
+    about = describe_merge(args, base, adapters)
     with ThreadPoolExecutor(1) as beside:  # hashes, while the libraries are imported
         hashing = beside.submit(shared.describe_inputs, input_files(base, adapters))
-        about = describe_merge(args, base, adapters)
-        plan = make_plan(base, adapters)
+        plan = choose_way(args, base, adapters)
         inputs = hashing.result()
 
     with output_folder(args.out, args.overwrite):
-        if isinstance(plan, str):
-            print(f"merging with the whole model in memory: {plan}", file=sys.stderr)
-            outputs = merge_plainly(base, adapters, args.out)
-        else:
-            plan.norms = {} if args.foreign_base else None
+        if plan:
             outputs = merge_by_module(plan, args.out)
             about |= report(plan)
+        else:
+            outputs = merge_plainly(base, adapters, args.out)
         outputs += copy_rest(base, args.out)
         outputs.append(write_card(base, about, args.out))
         if args.check_logits:

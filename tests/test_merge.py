@@ -334,16 +334,62 @@ def test_a_key_that_transformers_drops_is_copied(tmp_path, capsys) -> None:
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_output_shards_are_small_whatever_the_input(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(merge, "SHARD_SIZE", "200KB")
-    base = make_base(tmp_path / "base", torch.bfloat16)
-    adapter = make_adapter(tmp_path / "adapter", base)
+@pytest.mark.parametrize("kilobytes", [20, 50, 75, 200])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_output_shards_are_small_whatever_the_input(
+    tmp_path, monkeypatch, model_type: str, kilobytes: int
+) -> None:
+    """And a module's weight and bias are merged together wherever a shard ends."""
+    monkeypatch.setattr(merge, "SHARD_SIZE", f"{kilobytes}KB")
+    gpt2 = model_type == "gpt2"
+    bias = {} if gpt2 else {"attention_bias": True, "mlp_bias": True}
+    base = make_base(tmp_path / "base", torch.bfloat16, model_type=model_type, **bias)
+    config = CONV1D if gpt2 else {"lora_bias": True}
+    adapter = make_adapter(tmp_path / "adapter", base, **config)
     run = run_merge(base, tmp_path / "m", "--adapter", adapter)
     shards = sorted((tmp_path / "m").glob("*.safetensors"))
-    assert len(shards) >= 3
-    assert max(path.stat().st_size for path in shards) < 205_000
+    assert len(shards) >= 2
     assert {path.name for path in shards} < run["outputs"].keys()
-    assert_equal_to_peft(base, adapter, tmp_path / "m", torch.bfloat16)
+    largest = max(tensor.nbytes for tensor in weights(base).values())
+    limit = max(1000 * kilobytes, largest + 2000)  # a larger tensor has a shard of its own
+    assert max(path.stat().st_size for path in shards) < limit + 5000
+    assert assert_equal_to_peft(base, adapter, tmp_path / "m", torch.bfloat16) >= 8
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_embedding_that_was_saved_with_the_adapter_is_taken(tmp_path, capsys) -> None:
+    """PEFT puts it into the base; the base's own is not what the adapter was trained with."""
+    base = make_base(tmp_path / "base", torch.float32)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    saved = {"base_model.model.model.embed_tokens.weight": torch.randn(160, 96)}
+    edit_tensors(adapter / "adapter_model.safetensors", lambda tensors: {**tensors, **saved})
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert "whole model in memory" in capsys.readouterr().err
+    assert assert_equal_to_peft(base, adapter, tmp_path / "m", torch.float32) == 11
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_kinds_are_merged_plainly(tmp_path, capsys) -> None:
+    base = make_base(tmp_path / "base", torch.float32)
+    options = {"init_r": 6, "target_r": 4, "total_step": 10}
+    adapter = make_other(tmp_path / "adapter", base, peft.AdaLoraConfig, TARGETS, **options)
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert "of the kind ADALORA" in capsys.readouterr().err
+    assert assert_equal_to_peft(base, adapter, tmp_path / "m", torch.float32) == 10
+
+
+def test_a_base_in_float64_is_summed_in_float64(tmp_path) -> None:
+    base = make_base(tmp_path / "base", torch.float64)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    run_merge(base, tmp_path / "m", "--adapter", adapter)
+    assert_equal_to_peft(base, adapter, tmp_path / "m", torch.float64)
+
+
+def test_what_peft_cannot_merge_is_one_line(tmp_path) -> None:
+    base = make_base(tmp_path / "base", torch.float32)  # without a bias that could be added to
+    adapter = make_adapter(tmp_path / "adapter", base, lora_bias=True)
+    with pytest.raises(UserError, match="PEFT cannot merge model.layers.0"):
+        run_merge(base, tmp_path / "m", "--adapter", adapter)
 
 
 def test_adapter_in_half_precision_and_bare_backbone_names(tmp_path) -> None:
@@ -661,7 +707,7 @@ BAD = {  # what is wrong: (how to spoil copies of base and adapter, words of the
     "config a list": (lambda b, a: (a / CONFIG).write_text("[]"), "holds a list"),
     "config deep": (lambda b, a: (a / CONFIG).write_text("[" * 99999), "is not JSON"),
     "another kind": (lambda b, a: edit_json(a / CONFIG, peft_type="LOHA"), "no option of LOHA"),
-    "no kind": (lambda b, a: edit_json(a / CONFIG, peft_type="LORAX"), "is no kind of adapter"),
+    "no kind": (lambda b, a: edit_json(a / CONFIG, peft_type="LORAX"), "no kind of adapter"),
     "kind a number": (lambda b, a: edit_json(a / CONFIG, peft_type=3), "is no kind"),
     "kind a list": (lambda b, a: edit_json(a / CONFIG, peft_type=["LORA"]), "is no kind"),
     "rank text": (lambda b, a: edit_json(a / CONFIG, r="4"), "does not fit"),
