@@ -390,7 +390,7 @@ def load_model(model: str, files: dict[str, str], args: argparse.Namespace) -> "
     settings |= {"stock": args.stock, "batch_size": args.batch_size if args.stock else 8}
     packages = [metadata.version(name) for name in ("torch", "transformers", "lm_eval")]
     device = pick_device(args)
-    about = json.dumps([settings, packages, device.split(":")[0], sorted(files.items())])
+    identity = json.dumps([settings, packages, device.split(":")[0], sorted(files.items())])
     nf4 = None
     if settings.pop("load_in_4bit"):
         nf4 = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -411,7 +411,7 @@ def load_model(model: str, files: dict[str, str], args: argparse.Namespace) -> "
 
     lm.store = ChunkStore(
         folder=chunk_folder(args.out),
-        fingerprint=hashlib.sha256(about.encode()).hexdigest(),
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
         rank=args.rank,
         world_size=args.world_size,
     )
