@@ -709,6 +709,8 @@ def merge_plainly(base: Base, adapters: list[Adapter], out: Path) -> list[Path]:
         raise UserError(f"{base.folder} cannot be loaded: {cause(error)}") from None
     was_tied = model.config.tie_word_embeddings
     model = wrap(model, adapters, base)
+    if model.active_peft_config.is_prompt_learning:
+        raise UserError(f"{adapters[0].folder} is a learned prompt: no weights can hold it")
     untie_head(model)
     try:
         merged = model.merge_and_unload()

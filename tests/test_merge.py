@@ -378,6 +378,16 @@ def test_other_kinds_are_merged_plainly(tmp_path, capsys) -> None:
     assert assert_equal_to_peft(base, adapter, tmp_path / "m", torch.float32) == 10
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_learned_prompt_is_refused(tmp_path) -> None:
+    base = make_base(tmp_path / "base", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="a learned prompt"):
+        run_merge(base, tmp_path / "m", "--adapter", tmp_path / "adapter")
+
+
 def test_a_base_in_float64_is_summed_in_float64(tmp_path) -> None:
     base = make_base(tmp_path / "base", torch.float64)
     adapter = make_adapter(tmp_path / "adapter", base)
