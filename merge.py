@@ -62,6 +62,7 @@ MODULES_AT_ONCE = 2  # merged side by side: most of torch's steps here keep one 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 COPIED = (  # files of the base that the merged folder needs, or has to carry along
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -215,7 +216,7 @@ def read_adapter(name: str, folder: Path, weight: float) -> Adapter:
     Raises UserError for a pickle, a broken file, and a kind of LoRA that no merge gets right.
     """
     mend = "write it with: python finetune.py, or name another --adapter"
-    path = check_input(check_input(folder, mend) / "adapter_config.json", mend)
+    path = check_input(check_input(folder, mend) / CONFIG, mend)
     config = shared.read_json(path)
     weights = folder / ADAPTER
     pickle = folder / "adapter_model.bin"
@@ -392,12 +393,12 @@ def check_keys(model: "PeftModel", adapter: Adapter) -> None:
 
 
 def default_options(kind: str) -> dict[str, Any]:
-    """Return the options that the installed PEFT knows of a kind, with their defaults."""
+    """Return the options that the installed PEFT knows of a kind, and their defaults; or none."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    defaults: dict[str, Any] = {}
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UserError(f"peft_type = {kind} is no kind of adapter")
-    defaults = {}
+        return defaults
     for option in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind]):
         defaults[option.name] = option.default
         if option.default_factory is not dataclasses.MISSING:
@@ -409,9 +410,11 @@ def check_options(adapter: Adapter) -> None:
     """Refuse an option that the installed PEFT does not know, and so would leave out."""
     kind = str(adapter.config.get("peft_type"))
     known = default_options(kind)
+    if not known:
+        raise UserError(f"{adapter.folder / CONFIG}: peft_type = {kind} is no kind of adapter")
     for option, value in adapter.config.items():
         if value and option not in known:
-            what = f"{adapter.folder} has {option} = {value!r:.60}"
+            what = f"{adapter.folder / CONFIG} has {option} = {value!r:.60}"
             mend = "install the version of PEFT that saved it"
             raise UserError(f"{what}, no option of {kind} in this PEFT; {mend}")
 
@@ -962,7 +965,7 @@ def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]
             found.append(f"{adapter.folder} was trained on {what}")
     found = [warning for warning in found if warning]
     for warning in found:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {shared.one_line(warning)}", file=sys.stderr)
 
     before = read_known(base.folder / "run.json", "lineage", list)
     lineage = [step for step in before if isinstance(step, dict)]
@@ -999,7 +1002,8 @@ def choose_way(args: argparse.Namespace, base: Base, adapters: list[Adapter]) ->
         if is_weighted(adapters):
             fault = f"{reason}: such an adapter can be merged alone only, with weight 1"
             raise UserError(fault) from None
-        print(f"merging with the whole model in memory: {reason}", file=sys.stderr)
+        shown = shared.one_line(str(reason))  # options and their values may hold anything
+        print(f"merging with the whole model in memory: {shown}", file=sys.stderr)
         if args.foreign_base:
             print("without a table of norms, therefore", file=sys.stderr)
         return None
@@ -1011,7 +1015,7 @@ def input_files(base: Base, adapters: list[Adapter]) -> list[Path]:
     """List the files that decide the result."""
     files = [base.folder / "config.json", *dict.fromkeys(base.files.values())]
     for adapter in adapters:
-        files += [adapter.folder / "adapter_config.json", adapter.folder / ADAPTER]
+        files += [adapter.folder / CONFIG, adapter.folder / ADAPTER]
     return files
 
 
