@@ -1,4 +1,4 @@
-"""Held-out accuracy on the demo's world before and after tuning: three seeds, two sets of targets.
+"""Held-out accuracy on the demo's world before and after tuning: five seeds, two sets of targets.
 
 Needs the demo's first two steps (bash demo.sh). Runs finetune.py and evaluate.py as a user does and
 prints the table that README.md shows; about 4 minutes on 2 cores.
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BASE, DATA = "demo/base_model", "out/demo/contamination"
 SETTINGS = ["--learning-rate", "4e-3", "--epochs", "4", "--warmup-steps", "10"]  # as demo.sh
-SEEDS = range(3)
+SEEDS = range(5)
 
 
 def run(script: str, *args: str) -> None:
