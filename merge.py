@@ -12,11 +12,10 @@ own config and tokenizer, a model card (README.md) and run.json.
 The model is built without its weights, on torch's meta device, and PEFT puts the adapter around
 it. Then each module that the adapter tunes gets its weights from the base's files, PEFT merges the
 adapter into it, and the result goes into the next output shard; every other tensor is copied. So
-the bits are those of merge_and_unload(), and memory is two output shards at most. Only
-kinds of adapters and options in BY_MODULE go this way, of which tests have seen equal bits; the
-others are merged by PEFT with the whole model in memory, and a line says so. Several adapters are
-added by their weights, in float64, and rounded. An adapter is refused where a tensor of it
-would not be used, or one that its config selects is missing.
+the bits are those of merge_and_unload(). Only kinds of adapters and options in BY_MODULE go this
+way, with which tests have seen that; the others are merged by PEFT with the whole model in memory,
+and a line says so. Several adapters are added by their weights, in float64, and rounded. An adapter
+is refused where a tensor of it would not be used, or one that its config selects is missing.
 Time: somewhat less than PEFT's own merge takes, though every file is hashed; memory: two output
 shards beside the libraries (both measured: benchmarks/merge.py).
 """
@@ -73,23 +72,23 @@ COPIED = (  # files of the base that the merged folder needs, or has to carry al
 NO_MATTER = {  # options of any kind that do not change how a module is merged
     *("peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
     *("base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "fan_in_fan_out", "lora_dropout", "vera_dropout", "module_dropout"),
+    *("layers_pattern", "lora_dropout", "vera_dropout", "module_dropout"),
     *("boft_dropout", "randlora_dropout", "miss_dropout", "vblora_dropout"),
 }
 BY_MODULE = {  # kind: its options with which tests/test_merge.py has seen the bits of PEFT's merge
     "LORA": {"r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern",
-             "alpha_pattern", "init_lora_weights"},
-    "IA3": {"feedforward_modules"},
-    "VERA": {"r", "d_initial", "projection_prng_key"},
+             "alpha_pattern", "init_lora_weights", "fan_in_fan_out"},
+    "IA3": {"feedforward_modules", "fan_in_fan_out"},
+    "VERA": {"r", "d_initial", "projection_prng_key", "fan_in_fan_out"},
     "LOHA": {"r", "alpha", "rank_pattern", "alpha_pattern"},
     "LOKR": {"r", "alpha", "decompose_both", "decompose_factor", "rank_pattern", "alpha_pattern"},
     "OFT": {"r", "oft_block_size", "use_cayley_neumann"},
     "BOFT": {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor"},
     "HRA": {"r", "apply_GS"},
-    "FOURIERFT": {"n_frequency", "scaling", "random_loc_seed"},
+    "FOURIERFT": {"n_frequency", "scaling", "random_loc_seed", "fan_in_fan_out"},
     "RANDLORA": {"r", "randlora_alpha", "projection_prng_key"},
     "MISS": {"r", "mini_r"},
-    "VBLORA": {"r", "num_vectors", "vector_length", "topk"},
+    "VBLORA": {"r", "num_vectors", "vector_length", "topk", "fan_in_fan_out"},
 }  # fmt: skip
 UNSET = (None, [], {})  # values of an option that is not used
 NEVER = {  # options with which no merge can be right, and why

@@ -262,7 +262,7 @@ def test_every_option_that_is_merged_by_module_is_tried_above() -> None:
     tried = {"LORA": {"r", "lora_alpha", "init_lora_weights"}}
     for _, config, _ in CASES.values():
         tried["LORA"] |= config.keys()
-    for kind, options in KINDS.values():
+    for kind, options in [*KINDS.values(), *CONV1D_KINDS.values()]:
         tried.setdefault(kind().peft_type.value, set()).update(options)
     assert tried.keys() == merge.BY_MODULE.keys()
     for kind, options in merge.BY_MODULE.items():
