@@ -15,36 +15,50 @@ Memory: the rows, plus 1.5 kB each. It does not check answers: a wrong solution 
 """
 
 import argparse
-import fcntl
 import functools
 import hashlib
 import itertools
 import json
-import logging
-import os
 import re
-import shlex
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 import unicodedata
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from importlib import metadata, util
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from common import (
+    Row,
+    UserError,
+    check_output,
+    claim_output,
+    describe_files,
+    finish_run,
+    first_line,
+    hub_fault,
+    make_parser,
+    next_command,
+    one_line,
+    read_json,
+    read_records,
+    refuse,
+    run_main,
+    sha256_of,
+    to_jsonl,
+    use_device,
+    write_file,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
-Row = dict[str, Any]
 FIELDS = ("instruction", "input", "output")
 REASONS = ("split", "rule", "generated", "invalid", "keyword", "exact", "near")
 THEOREMS = "all_theorems.json"  # beside TheoremQA's questions: {name of a theorem: definition}
@@ -57,270 +71,9 @@ WINDOW = 256  # tokens that it reads; the rest of a longer text it never sees
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 CHUNK = 256  # texts embedded between two commits of the cache: a kill loses at most these
 BLOCK, BLOCK_COLUMNS = 1024, 8192  # one block of cosines: 1,024 x 8,192 x 4 bytes = 32 MB
-UNFINISHED = ".unfinished"  # in an output folder from its first write until run.json stands there
-MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
-PACKAGES = ("torch", "transformers", "peft", "datasets", "sentence-transformers", "lm_eval")
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: printed as one line, exit code 2."""
 
 
 # --- shared by all steps: errors, flags, files, output folders, run.json --------------------------
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(); a user's mistake becomes one line on stderr and exit code 2.
-
-    Where nobody reads stdout any more, as after `| head -1`, it ends without a word, with the exit
-    code that a shell gives to SIGPIPE. A step prints to stdout only after its files are whole.
-    """
-    try:
-        code = exit_code(main)
-        print(end="", flush=True)  # here, where it can be caught, and not at the interpreter's end
-    except BrokenPipeError:
-        os._exit(141)
-    if code:
-        sys.exit(code)
-
-
-def exit_code(main: Callable[[], None]) -> Any:
-    """Run a script's main() and say on stderr what stopped it; the code to end with, 0 or None."""
-    try:
-        silence_libraries()
-        main()
-        return 0
-    except SystemExit as end:
-        return end.code
-    except BrokenPipeError:
-        raise
-    except KeyboardInterrupt:
-        fault = "interrupted: the same command goes on with what is unfinished, or begins again"
-        print(fault, file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        mend = "run source .venv/bin/activate (bash demo.sh makes it) and the command again"
-        print(f"error: no package {error.name} here: {mend}", file=sys.stderr)
-    except OSError as error:  # a full disk, no rights
-        text = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"error: {one_line(text)}", file=sys.stderr)
-    except (UserError, sqlite3.Error) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-    return 2
-
-
-def silence_libraries() -> None:
-    """Turn off what libraries report to their makers, or print for their own developers."""
-    if not sys.stderr.isatty():  # bars would fill a log file
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every retry
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it lacks
-    warnings.simplefilter("ignore", FutureWarning)
-
-
-def sibling(folder: Path, name: str = "") -> str:
-    """The path of `name` beside a folder; of what holds both, without `name`.
-
-    >>> sibling(Path("out/merged"), "eval"), sibling(Path("."), "eval")
-    ('out/eval', '../eval')
-    """
-    return os.path.normpath(folder / ".." / name)
-
-
-def one_line(error: Exception | str) -> str:
-    """An error's or another text on one line of at most 500 characters, whatever data is in it.
-
-    >>> one_line(ValueError("line 3:\\n\\x1b[2J"))
-    'line 3: \\\\x1b[2J'
-    """
-    text = " ".join(str(error).split()) or type(error).__name__ * isinstance(error, Exception)
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= 500 else text[:250] + " ... " + text[-250:]
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the flags in one line; the usage is for --help."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would have printed below the usage."""
-        raise UserError(f"{message} (all flags: python {self.prog} --help)")
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, as a flag's type."""
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def make_parser(doc: str, out: str) -> Parser:
-    """A script's parser with the flags that all five steps share."""
-    parser = Parser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "--out",
-        type=Path,
-        default=Path(out),
-        metavar="DIR",
-        help="output folder (default: %(default)s)",
-    )
-    add("--overwrite", action="store_true", help="replace a finished output folder")
-    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
-    few = "first N rows of each source, subject or task: a partial result (not of a merge)"
-    add("--limit", type=positive, metavar="N", help=few)
-    return parser
-
-
-def refuse(wrong: dict[str, Any]) -> None:
-    """Raise one UserError that names every message whose condition holds."""
-    if found := [message for message, condition in wrong.items() if condition]:
-        raise UserError("; ".join(found))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, or its type where it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def hub_fault(name: str, error: Exception) -> str:
-    """What to say when a folder, an address or a hub id cannot be loaded."""
-    if Path(name).exists() or name.startswith((".", "/", "~", "http")):
-        return f"{name} cannot be loaded: {first_line(error)}"
-    mend = "if it is gated, accept its licence on its page and set HF_TOKEN"
-    return f"{name} cannot be loaded ({first_line(error)}); {mend}"
-
-
-def model_folder(flag: str, name: str) -> Path:
-    """The folder of a model, fetched from the hub where `name` is no folder but an id."""
-    folder = Path(name)
-    if name and folder.is_dir():
-        return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or folder.parent.exists():
-        raise UserError(f"{flag} {name or repr(name)}: no such folder, and no hub id (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-
-    try:  # the subfolders hold the same weights in other formats
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES, ignore_patterns="*/*"))
-    except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
-        gate = f"if it is gated, accept its licence on https://huggingface.co/{name}, set HF_TOKEN"
-        fault = f"no such folder, and not to be had from the hub ({first_line(error)}); {gate}"
-        raise UserError(f"{flag} {name}: {fault}") from None
-
-
-def check_device(name: str) -> str:
-    """Return a device's name if torch can use it here; turns cuDNN's attention off."""
-    import torch
-
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, so every text
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, GPU, build
-        fault = f"cannot be used here ({first_line(error):.100}): name another, or none"
-        raise UserError(f"--device {name} {fault}") from None
-    return name
-
-
-def command_line() -> str:
-    """The command that runs this process, as a user would type it."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_records(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """Yield (place, record, error) for each record of a .jsonl or .json file, bad lines too.
-
-    A .jsonl file has one record a line, a .json file one list, or one dict of key -> record.
-    `place` is "name.jsonl:line" (from 1), "name.json:index" (from 0) or "name.json:key"; either
-    `record` or `error` is empty. Raises UserError where nothing of the file can be read.
-    """
-    if path.suffix == ".json":
-        try:
-            data = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not JSON: {error}") from None
-        if not isinstance(data, (list, dict)):
-            raise UserError(f"{path} holds one {type(data).__name__}, not a list or a dict of rows")
-        for key, record in data.items() if isinstance(data, dict) else enumerate(data):
-            yield f"{path.name}:{key}", record, ""
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield f"{path.name}:{number}", json.loads(line.decode("utf-8-sig")), ""
-                except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
-                    yield f"{path.name}:{number}", None, str(error)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds."""
-    try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds a {type(data).__name__}, not an object")
-    return data
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file such as run.json holds; {} where none can be read."""
-    with suppress(OSError, UserError):
-        return read_json(path)
-    return {}
-
-
-def write_file(path: Path, text: str | bytes) -> None:
-    """Write `text` so that `path` holds all of it or what it held before, even after a crash.
-
-    Half a surrogate pair, which UTF-8 cannot hold, is written as its JSON escape.
-    """
-    data = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def to_jsonl(rows: list[dict[str, Any]]) -> str:
-    """One JSON object a line, non-ASCII text as it is."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def check_output(out: Path, overwrite: bool, *inputs: Path) -> None:
-    """Refuse a finished folder without `overwrite`, an input's own folder, and foreign folders."""
-    if out.resolve() in {(path.parent if path.is_file() else path).resolve() for path in inputs}:
-        raise UserError(f"--out {out} is the folder of an input; name another folder")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if UNFINISHED in names or names <= {"decisions.jsonl"}:
-        return
-    if not names & {"run.json"} or step_of(out) != Path(sys.argv[0]).stem:
-        fault = f"--out {out} holds files, but no run.json of this step"
-        raise UserError(f"{fault}: name another folder, or take all but decisions.jsonl out of it")
-    if not overwrite:
-        raise UserError(f"{out} is finished; add --overwrite, or name another folder with --out")
-
-
-def step_of(out: Path) -> str | None:
-    """The script that finished a folder, by its run.json; None where that cannot be read."""
-    return read_object(out / "run.json").get("step")
 
 
 def file_state(path: Path) -> tuple[int, ...]:
@@ -329,127 +82,6 @@ def file_state(path: Path) -> tuple[int, ...]:
         now = path.stat()
         return now.st_size, now.st_mtime_ns, now.st_ino
     return ()
-
-
-@contextmanager
-def output_folder(
-    out: Path, overwrite: bool, keep_run: bool = False, mend: str = ""
-) -> Iterator[None]:
-    """Hold `out` as this process's unfinished output folder; finish_run() ends that state.
-
-    A second process on it is refused; the lock ends with its process, however that ends. `keep_run`
-    leaves run.json, for work on top of a finished step; `mend` is what the command needs to finish.
-    """
-    check_output(out, overwrite)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / UNFINISHED).open("a") as mark:
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(mark.fileno()), (out / UNFINISHED).stat()):
-                raise BlockingIOError  # its holder finished in between: this is no longer the mark
-        except (BlockingIOError, FileNotFoundError):
-            raise UserError(f"another process is writing to {out}: wait for it") from None
-
-        mark.truncate(0)
-        print(command_line() + mend, file=mark, flush=True)
-        if not keep_run:
-            remove_outputs(out)
-        for left in out.glob(".*.tmp"):  # by a process of ours that was killed
-            left.unlink()
-
-        yield
-        (out / UNFINISHED).unlink()
-
-
-def remove_outputs(out: Path) -> None:
-    """Remove the files that a finished step lists as its outputs, then what lists them.
-
-    Else a shard or a model's scores of the former run would be loaded beside the new ones.
-    """
-    for record in (out / "run.json", out / "apply.json"):
-        listed = read_object(record).get("outputs")
-        if isinstance(listed, dict):
-            for name in listed:
-                if is_own_file(out, name):
-                    (out / name).unlink()
-        record.unlink(missing_ok=True)
-
-
-def is_own_file(out: Path, name: str) -> bool:
-    """Whether a listed name is a file within `out` that may be removed; a list may be forged.
-
-    No absolute and no hidden name, "..", or way out by a link; and never the verdicts.
-    """
-    parts = Path(name).parts
-    if Path(name).is_absolute() or any(part.startswith(".") for part in parts):
-        return False
-    if Path(name).name.lower() == "decisions.jsonl" or not os.path.isfile(out / name):
-        return False
-    return (out / name).resolve().is_relative_to(out.resolve())
-
-
-def describe_file(path: Path) -> Row:
-    """The sha256 of a file and, where it is .jsonl, its rows."""
-    about: Row = {"sha256": sha256_of(path)}
-    if path.suffix == ".jsonl":
-        about["rows"] = path.read_bytes().count(b"\n")
-    return about
-
-
-def describe_inputs(paths: Iterable[Path]) -> dict[str, Row]:
-    """{path: {"sha256", and "rows" of .jsonl}}; to be asked once, before the files are read."""
-    files = list(paths)
-    with ThreadPoolExecutor() as threads:  # a core hashes 1 to 2 GB a second, and models have more
-        found = threads.map(describe_file, files)
-    return dict(zip(map(str, files), found, strict=True))
-
-
-def sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def finish_run(
-    args: argparse.Namespace,
-    inputs: dict[str, Row],
-    outputs: list[Path],
-    started: float,
-    name: str = "run.json",
-    **more: Any,
-) -> None:
-    """Write run.json (or `name`), the last of a step's files.
-
-    inputs: of describe_inputs(); outputs: the files below args.out that the step wrote; started:
-    time.monotonic() at its begin; more: further keys.
-    """
-    for path in [*outputs, *{path.parent for path in outputs}]:
-        sync(path)  # a power cut must not leave a run.json beside files that are empty or gone
-    described = describe_inputs(outputs)
-    listed = {str(path.relative_to(args.out)): described[str(path)] for path in outputs}
-
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    installed = [p for p in PACKAGES if util.find_spec(p.replace("-", "_"))]
-    run = {
-        "step": Path(sys.argv[0]).stem,
-        "command": command_line(),
-        "settings": vars(args),
-        "seed": args.seed,
-        "partial": args.limit is not None,
-        "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-        "python": sys.version.split()[0],
-        "packages": {package: metadata.version(package) for package in installed},
-        "inputs": inputs,
-        "outputs": listed,
-        **more,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    text = json.dumps(run, indent=2, ensure_ascii=False, default=str)
-    write_file(args.out / name, text + "\n")
 
 
 # --- shared by steps 1 and 2: embeddings, cosines -----------------------------------------------
@@ -484,7 +116,7 @@ class Embedder:
         self.folder = embedding_model_folder(name)
         self.sha256 = sha256_of(self.folder / "model.safetensors")
         self.about = {"name": name, "sha256": self.sha256}  # for run.json
-        self.device, self.cache_folder = device and check_device(device), cache
+        self.device, self.cache_folder = device and use_device(device), cache
         cache.mkdir(parents=True, exist_ok=True)
         self.cache = sqlite3.connect(file := cache / "embeddings.sqlite", timeout=60)
         table = "vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID"
@@ -732,14 +364,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [repr(name) for name in args.sources if name not in known]
     missing = [f"{n}={file}" for n, file in args.extra.items() if not Path(file).is_file()]
     refuse(
-        {
-            f"--sources: {', '.join(unknown)} is none of {', '.join(known)}": unknown,
-            f"--extra: no such file in NAME=FILE: {', '.join(missing)}": missing,
-            f"--extra: a source is called {', '.join(args.extra)}": sources.keys() & args.extra,
-            "--extra: give each file a name of its own, NAME=FILE": len(names - {""}) < files,
-            f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
-            f"--cosine-threshold {x} is not above 0 and at most 1": not 0 < x <= 1,
-        }
+        [
+            message
+            for message, found in (
+                {
+                    f"--sources: {', '.join(unknown)} is none of {', '.join(known)}": unknown,
+                    f"--extra: no such file in NAME=FILE: {', '.join(missing)}": missing,
+                    f"--extra: a source is called {', '.join(args.extra)}": sources.keys()
+                    & args.extra,
+                    "--extra: give each file a name of its own, NAME=FILE": len(names - {""})
+                    < files,
+                    f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
+                    f"--cosine-threshold {x} is not above 0 and at most 1": not 0 < x <= 1,
+                }
+            ).items()
+            if found
+        ]
     )
     return args
 
@@ -859,7 +499,7 @@ def read_source(name: str, args: argparse.Namespace) -> tuple[list[Row], list[Ro
     words = "|".join(sources["keywords"]["words"])
     about["keyword"] = re.compile(rf"\b({words})\b", re.IGNORECASE)
     files = local_files(name, about, args)
-    inputs = describe_inputs(files)
+    inputs = describe_files(files)
     rows, dropped = [], []
     raws = raw_rows(name, about, files, args.include_test_splits)
     for place, raw, error in itertools.islice(raws, args.limit):
@@ -889,7 +529,7 @@ def read_sources(
     Raises the last source's UserError, once those of the others are on stderr, one line each.
     """
     rows, dropped, faults = [], [], []
-    inputs = describe_inputs([SOURCES])
+    inputs = describe_files([SOURCES])
     for name in names:
         try:
             good, bad, files = read_source(name, args)
@@ -1063,13 +703,6 @@ def print_table(rows: list[Row]) -> None:
     print(tabulate(rows, "keys", "pipe", intfmt=","))
 
 
-def next_command(args: argparse.Namespace) -> str:
-    """How to check the rows, beside them and on the same local files."""
-    flags = ["--dataset", args.out / "dataset.jsonl", "--out", sibling(args.out, "contamination")]
-    flags += ["--local", args.local] if args.local else []
-    return f"python check_contamination.py {shlex.join(map(str, flags))}"
-
-
 def main(argv: list[str] | None = None) -> None:
     """Sources -> rows -> exact -> near -> files."""
     started = time.monotonic()
@@ -1088,14 +721,14 @@ def main(argv: list[str] | None = None) -> None:
     dropped += twins
     assert len(rows) + len(dropped) == read, f"{len(rows)} + {len(dropped)} rows of {read}"
     table = funnel(rows, dropped, names)
-    with output_folder(args.out, args.overwrite):
+    with claim_output(args.out, args.overwrite):
         outputs = write_rows(args.out, rows, dropped)
         counts = {"read": read, "kept": len(rows), "sources": table, "keywords": keywords}
         more = {"counts": counts, "embedding": embedder.about}
         finish_run(args, inputs=inputs, outputs=outputs, started=started, **more)
     print_table(table)
     print(f"wrote {args.out}/dataset.jsonl: {len(rows):,} of {read:,} rows. Next:")
-    print(next_command(args))
+    print(next_command(args.out))
 
 
 if __name__ == "__main__":

@@ -20,16 +20,12 @@ It compares questions only: an answer alone that leaks is not seen.
 import argparse
 import csv
 import difflib
-import fcntl
 import functools
 import hashlib
 import itertools
-import json
 import math
-import os
 import re
 import shlex
-import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -41,33 +37,40 @@ from build_dataset import (
     CACHE,
     COSINE_THRESHOLD,
     EMBEDDING_MODEL,
-    UNFINISHED,
     Embedder,
+    add_ids,
+    lettered,
+    question_of,
+    similar_pairs,
+)
+from common import (
+    REMOVED,
+    VERDICTS,
     Row,
     UserError,
-    add_ids,
+    check_input,
+    check_listed,
     check_output,
-    describe_inputs,
+    claim_output,
+    describe_files,
     finish_run,
     first_line,
     hub_fault,
-    lettered,
     make_parser,
+    markdown_table,
+    next_command,
     one_line,
-    output_folder,
-    question_of,
-    read_records,
+    read_decisions,
+    read_jsonl,
+    read_run,
     refuse,
+    removed_ids,
     run_main,
     sha256_of,
-    sibling,
-    similar_pairs,
     to_jsonl,
     write_file,
 )
 
-VERDICTS = ("duplicate", "gray-area", "similar-but-different", "not-a-leak")  # paper, section 2.3
-REMOVE = (*VERDICTS[:3], "undecided")  # the paper removed all three classes
 SHOTS = 300  # rows of a HellaSwag file that are few-shot examples, or half of a smaller file
 HUB = {  # id, configuration, few-shot split, scored split: as in the harness's task files
     "arc": ("allenai/ai2_arc", "ARC-Challenge", "train", "test"),
@@ -107,68 +110,6 @@ TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|_+|[^\w\s.,;:!?'\"$\\]")
 
 
 # --- shared by steps 2 to 5: input that an earlier step wrote -------------------------------------
-
-
-def check_input(path: Path, mend: str) -> Path:
-    """Return `path` if it exists and no unfinished step left it; `mend` says how to get it."""
-    if not os.path.exists(path):  # False too for what cannot be a name
-        raise UserError(f"{path} is missing: {mend}")
-    mark = (path if path.is_dir() else path.parent) / UNFINISHED
-    if mark.exists():
-        raise UserError(f"{mark.parent} is unfinished: finish it with {mark.read_text().strip()}")
-    return path
-
-
-def read_jsonl(path: Path, fields: dict[str, type]) -> list[Row]:
-    """Read a .jsonl or .json file whose objects all have `fields` of these types."""
-    rows = []
-    for place, row, error in read_records(path):
-        if error or not isinstance(row, dict):
-            raise UserError(
-                f"{path.parent / place} is not a JSON object: {error or repr(row)[:60]}"
-            )
-        for name, kind in fields.items():
-            if not isinstance(row.get(name), kind):
-                raise UserError(f"{path.parent / place} has no {name!r} of type {kind.__name__}")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{path.parent / place} holds half of a surrogate pair") from None
-        rows.append(row)
-    return rows
-
-
-def read_run(path: Path) -> Row:
-    """What a finished step's run.json or apply.json says."""
-    try:
-        run = json.loads(path.read_bytes())
-        parts = [run[key] for key in ("settings", "inputs", "outputs")] + [run.get("counts", {})]
-        files = [*parts[1].values(), *parts[2].values()]
-        if all(isinstance(part, dict) for part in parts + files):
-            return run
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    raise UserError(f"{path} is not what a finished step wrote: run that step again")
-
-
-def check_listed(path: Path, record: str = "run.json") -> Path:
-    """Return a finished step's output, which must be the very file that the step recorded."""
-    run = path.with_name(record)
-    about = read_run(run)["outputs"].get(path.name, {}) if run.exists() else {}
-    if about and about.get("sha256") != sha256_of(path):
-        fault = f"{path} is not the file that {run} lists (cut short, or edited)"
-        raise UserError(f"{fault}: run its step again, or use a copy in a folder of its own")
-    return path
-
-
-def markdown_table(headers: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table, aligned in a terminal too: the first column left, the others right."""
-    from tabulate import tabulate
-
-    forms = {int: "{:,}".format, str: one_line}  # text is of the data: it may act on a terminal
-    cells = [[forms.get(type(cell), lambda c: c)(cell) for cell in row] for row in rows]
-    sides = ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(cells, headers, "pipe", colalign=sides, disable_numparse=True)
 
 
 # --- shared with step 5 and the terminal UI: benchmarks, verdicts ---------------------------------
@@ -340,51 +281,6 @@ def local_inputs(args: argparse.Namespace) -> list[Path]:
     return sorted(p for folder in folders for p in folder.rglob("*") if p.is_file())
 
 
-def read_decisions(path: Path) -> dict[str, Row]:
-    """The last verdict of each pair; null withdraws; what is none, as after a crash, is named."""
-    decisions = {}
-    for place, line, _ in read_records(path) if path.exists() else ():
-        known = isinstance(line, dict) and line.get("verdict", "") in (None, *VERDICTS)
-        if known and isinstance(line.get("pair_id"), str):
-            decisions[line["pair_id"]] = line
-        else:
-            print(f"warning: {path.parent / place} is no verdict: left out", file=sys.stderr)
-    return {pair_id: line for pair_id, line in decisions.items() if line["verdict"]}
-
-
-def append_decision(
-    path: Path, pair_id: str, verdict: str | None, reviewer: str, note: str = ""
-) -> None:
-    """Add one verdict to the log, None to withdraw; on the disk at return. Safe for two at once."""
-    assert verdict in (None, *VERDICTS), verdict
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    line = {"pair_id": pair_id, "verdict": verdict, "reviewer": reviewer, "time": now, "note": note}
-    with path.open("ab+") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        if log.tell():
-            log.seek(-1, os.SEEK_END)
-            if log.read(1) != b"\n":  # a crash cut the last line short: start a new one
-                log.write(b"\n")
-        log.write(to_jsonl([line]).encode())
-        log.flush()
-        os.fsync(log.fileno())
-
-
-def removed_ids(
-    pairs: list[Row], decisions: dict[str, Row], remove: Iterable[str] = REMOVE
-) -> dict[str, list[Row]]:
-    """The rows that go -> why: [{"pair_id", "verdict"}] of their pairs with a verdict in `remove`.
-
-    pairs: lines of pairs.jsonl; decisions: read_decisions(); a pair without one is "undecided".
-    """
-    gone = defaultdict(list)
-    for pair in pairs:
-        verdict = decisions.get(pair["pair_id"], {}).get("verdict", "undecided")
-        if verdict in remove:
-            gone[pair["train_id"]].append({"pair_id": pair["pair_id"], "verdict": verdict})
-    return dict(gone)
-
-
 # --- step 2 ---------------------------------------------------------------------------------------
 
 
@@ -401,7 +297,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--extra-benchmark", action="append", default=[], metavar="NAME=FILE", help=extra)
     against = "another training set, in instruction, input, output: find what both have"
     add("--against", type=Path, metavar="FILE", help=against)
-    add("--remove", default=",".join(REMOVE), metavar="a,b", help="verdicts that go (%(default)s)")
+    add("--remove", default=",".join(REMOVED), metavar="a,b", help="verdicts that go (%(default)s)")
     add = parser.add_argument_group("detection").add_argument
     add("--cosine-threshold", type=float, default=COSINE_THRESHOLD, help="paper: %(default)s")
     add("--embedding-model", default=EMBEDDING_MODEL, help="default and paper: %(default)s")
@@ -428,7 +324,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
         f"--cosine-threshold {x} is not above 0 and at most 1": not 0 < x <= 1,
     }
-    refuse(wrong)
+    refuse([message for message, found in wrong.items() if found])
     return args
 
 
@@ -772,7 +668,15 @@ def read_rows(path: Path) -> list[Row]:
         row |= {"source": row.get("source", path.stem), "origin": path.name}
     add_ids(foreign)
     repeated = [i for i, count in Counter(row["id"] for row in rows).items() if count > 1]
-    refuse({f"{path}: repeated ids {repeated[:3]}": repeated, f"{path}: no rows": not rows})
+    refuse(
+        [
+            message
+            for message, found in (
+                {f"{path}: repeated ids {repeated[:3]}": repeated, f"{path}: no rows": not rows}
+            ).items()
+            if found
+        ]
+    )
     return rows
 
 
@@ -781,7 +685,7 @@ def check(args: argparse.Namespace, started: float) -> None:
     check_output(args.out, args.overwrite, args.dataset)
     check_listed(check_input(args.dataset, "write it with: python build_dataset.py"))
     files = map(Path, filter(None, [args.dataset, args.against, *args.extra_benchmark.values()]))
-    inputs = describe_inputs([*files, *local_inputs(args)])
+    inputs = describe_files([*files, *local_inputs(args)])
     rows, questions = read_rows(args.dataset), load_questions(args)
     embedder = Embedder(args.embedding_model, args.cache, args.device)
     pairs = find_pairs(rows, questions, embedder, args.cosine_threshold, args.paper)
@@ -789,7 +693,7 @@ def check(args: argparse.Namespace, started: float) -> None:
     counts = {"rows": len(rows), "pairs": len(pairs), "test_questions": benchmarks}
     more = {"counts": counts, "embedding": embedder.about}
     outputs = [args.out / "pairs.jsonl"]
-    with output_folder(args.out, args.overwrite):
+    with claim_output(args.out, args.overwrite):
         write_file(outputs[0], to_jsonl(pairs))
         finish_run(args, inputs=inputs, outputs=outputs, started=started, **more)
         report = apply(args, time.monotonic())
@@ -805,7 +709,7 @@ def apply(args: argparse.Namespace, started: float) -> str:
     dataset = Path(str(run["settings"].get("dataset", "the data set that run.json names")))
     check_input(dataset, "the data set that was checked")
     pairs_file = check_listed(args.out / "pairs.jsonl")
-    inputs = describe_inputs([dataset, pairs_file, args.out / "run.json"])
+    inputs = describe_files([dataset, pairs_file, args.out / "run.json"])
     if run["inputs"].get(str(dataset), {}).get("sha256") != inputs[str(dataset)]["sha256"]:
         raise UserError(f"{dataset} changed since it was checked: check it with --overwrite")
     rows, pairs = read_rows(dataset), read_jsonl(pairs_file, PAIR)
@@ -828,12 +732,11 @@ def apply(args: argparse.Namespace, started: float) -> str:
     finish_run(args, inputs=inputs, outputs=outputs, started=started, **more)
 
     review = f"; to review them: {shlex.join(['python', 'tui.py', str(args.out)])}" if pairs else ""
-    train = ["--data", str(outputs[0]), "--out", sibling(args.out, "adapter")]
     wrote = f"wrote {outputs[0]}: {len(clean):,} of {len(rows):,} rows."
     lines = [f"{text}\n\n{len(pairs):,} pairs{review}", name_some("undecided pairs", undecided)]
     lines.append(name_some("verdicts of former pairs", stale))
     lines.append(f"{wrote} Next (with --base-model, if not Llama-2-13B):")
-    lines.append(f"python finetune.py {shlex.join(train)}")
+    lines.append(next_command(args.out))
     return "\n".join(lines)
 
 
@@ -905,7 +808,7 @@ def main(argv: list[str] | None = None) -> None:
         mend = shlex.join(["python", "check_contamination.py", "--out", str(args.out)])
         raise UserError(f"{args.out} has no run.json: no pairs were found yet, by {mend}")
     read_run(args.out / "run.json"), check_listed(args.out / "pairs.jsonl")  # before any writing
-    with output_folder(args.out, overwrite=True, keep_run=True):
+    with claim_output(args.out, overwrite=True, keep_run=True):
         report = apply(args, started)
     print(report)
 

@@ -27,7 +27,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import shutil
 import statistics
 import sys
@@ -39,36 +38,36 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build_dataset import (
-    Row,
-    UserError,
-    check_device,
-    check_output,
-    describe_inputs,
-    finish_run,
-    first_line,
-    make_parser,
-    model_folder,
-    output_folder,
-    positive,
-    read_object,
-    refuse,
-    run_main,
-    sibling,
-    write_file,
-)
 from check_contamination import (
     HUB,
     Subject,
-    check_input,
-    check_listed,
     load_benchmark,
     local_inputs,
+)
+from common import (
+    NF4,
+    Row,
+    UserError,
+    check_input,
+    check_listed,
+    check_output,
+    claim_output,
+    describe_files,
+    fetch_model,
+    finish_run,
+    first_line,
+    make_parser,
     markdown_table,
+    next_command,
+    positive,
     read_decisions,
     read_jsonl,
+    read_object,
+    refuse,
+    run_main,
+    use_device,
+    write_file,
 )
-from finetune import NF4
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,13 +134,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in args.benchmarks if name not in HUB]
     missing = [t for t in args.task if not Path(t).is_file() and ("/" in t or ".y" in t)]
     refuse(
-        {
-            f"--tasks: {', '.join(unknown)} is none of {', '.join(HUB)}": unknown,
-            f"--task: no such file: {', '.join(missing)}": missing,
-            f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
-            "no task: name one with --tasks or --task": not args.benchmarks and not args.task,
-            f"--resume: no {args.out}; leave the flag out": args.resume and not args.out.exists(),
-        }
+        [
+            message
+            for message, found in (
+                {
+                    f"--tasks: {', '.join(unknown)} is none of {', '.join(HUB)}": unknown,
+                    f"--task: no such file: {', '.join(missing)}": missing,
+                    f"--local {args.local} is not a folder": args.local and not args.local.is_dir(),
+                    "no task: name one with --tasks or --task": not args.benchmarks
+                    and not args.task,
+                    f"--resume: no {args.out}; leave the flag out": args.resume
+                    and not args.out.exists(),
+                }
+            ).items()
+            if found
+        ]
     )
     args.model = args.model or ([] if args.compare else merged_and_base())
     return args
@@ -317,12 +324,18 @@ def check_models(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     names = {folder_name(model) for model in args.model}
     alike = " and ".join(args.model)
     refuse(
-        {
-            f"--model {alike}: one of them is there twice": len(places) < len(args.model),
-            f"--model {alike}: two would share a results folder; give one another path": (
-                len(names) < len(args.model) == len(places) or "" in names
-            ),
-        }
+        [
+            message
+            for message, found in (
+                {
+                    f"--model {alike}: one of them is there twice": len(places) < len(args.model),
+                    f"--model {alike}: two would share a results folder; give one another path": (
+                        len(names) < len(args.model) == len(places) or "" in names
+                    ),
+                }
+            ).items()
+            if found
+        ]
     )
     adapter = check_folder("--adapter", args.adapter) if args.adapter else {}
     return {model: check_folder("--model", model) | adapter for model in args.model}
@@ -340,13 +353,13 @@ def check_folder(flag: str, name: str) -> dict[str, str]:
     folder, adapter = Path(name), flag == "--adapter"
     wanted = "adapter_config.json" if adapter else "config.json"
     if not folder.exists() and not adapter:
-        return {name: model_folder(flag, name).name}  # a snapshot's folder is named by its commit
+        return {name: fetch_model(flag, name).name}  # a snapshot's folder is named by its commit
     check_input(folder, "name the folder that finetune.py wrote")
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / wanted).is_file() or not weights:
         raise UserError(f"{flag} {name} is no {flag[2:]}: it has no {wanted} with .safetensors")
     read = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
-    files = describe_inputs([path for path in read if path.name != "run.json"])
+    files = describe_files([path for path in read if path.name != "run.json"])
     listed = read_object(folder / "run.json").get("outputs", {})
     for path, about in files.items():
         if listed.get(Path(path).name, about)["sha256"] != about["sha256"]:
@@ -376,7 +389,7 @@ def pick_device(args: argparse.Namespace) -> str:
 
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cuda:{args.local_rank}" if name == "cuda" else name
-    return check_device(name)
+    return use_device(name)
 
 
 def load_model(model: str, files: dict[str, str], args: argparse.Namespace) -> "PrefixLM":
@@ -1262,7 +1275,7 @@ def inputs_of(args: argparse.Namespace) -> dict[str, Row]:
     names = ("pairs.jsonl", "decisions.jsonl") if args.contamination else ()
     more = [Path(path) for path in args.task] + [args.contamination / name for name in names]
     more += [folder / "results.json" for folder in args.compare]
-    return describe_inputs([*local_inputs(args), *filter(Path.is_file, more)])
+    return describe_files([*local_inputs(args), *filter(Path.is_file, more)])
 
 
 def task_files(tasks: dict[str, tuple[str, "ConfigurableTask"]]) -> list[Path]:
@@ -1303,10 +1316,10 @@ def main(argv: list[str] | None = None) -> None:
     pick_device(args)
     files = check_models(args)
     tasks = benchmark_tasks(args) if files else {}
-    inputs |= describe_inputs(task_files(tasks)) | model_inputs(files)
+    inputs |= describe_files(task_files(tasks)) | model_inputs(files)
     if args.contamination and files and not args.rank:
         warn_unchecked(args.contamination, flagged, tasks)
-    with nullcontext() if args.rank else output_folder(args.out, args.overwrite):
+    with nullcontext() if args.rank else claim_output(args.out, args.overwrite):
         for model in args.model:
             add_run(runs, run_name(model, args), score_model(model, files[model], tasks, args))
         if args.rank:
@@ -1316,7 +1329,7 @@ def main(argv: list[str] | None = None) -> None:
         models = {model: run["about"] for model, run in runs.items()}
         finish_run(args, inputs=inputs, outputs=outputs, started=started, models=models)
     shutil.rmtree(chunk_folder(args.out), ignore_errors=True)
-    print(f"{text}\n\nwrote {args.out}. Next: python tui.py {shlex.quote(sibling(args.out))}")
+    print(f"{text}\n\nwrote {args.out}. Next: {next_command(args.out)}")
 
 
 if __name__ == "__main__":

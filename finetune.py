@@ -27,7 +27,6 @@ import math
 import os
 import random
 import resource
-import shlex
 import shutil
 import signal
 import sys
@@ -40,28 +39,33 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from build_dataset import (
+from common import (
+    NF4,
     UNFINISHED,
     Row,
     UserError,
-    check_device,
+    alpaca_prompt,
+    base_fingerprint,
+    check_input,
+    check_listed,
     check_output,
+    claim_output,
     command_line,
-    describe_inputs,
+    describe_files,
+    fetch_model,
     finish_run,
     first_line,
     make_parser,
-    model_folder,
-    output_folder,
+    next_command,
     positive,
+    read_jsonl,
     refuse,
     run_main,
     sha256_of,
-    sibling,
     step_of,
+    use_device,
     write_file,
 )
-from check_contamination import check_input, check_listed, read_jsonl
 
 if TYPE_CHECKING:
     import torch
@@ -106,14 +110,9 @@ TARGETS = {
 }
 FEW = 0.001  # under 0.1 % trainable the MLP targets did not do better (paper, section 3.1)
 MEND = "write it with: python check_contamination.py"
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 LOG = "train_log.jsonl"
 KEEP = 2  # checkpoints on disk: the newest, and the one to fall back on
 SAMPLES, SAMPLE_TOKENS = 2, 64  # prompts of a sample event, and the tokens written to each
-HEAD = "Below is an instruction that describes a task"
-TAIL = ". Write a response that appropriately completes the request.\n\n"
-CONTEXT = ", paired with an input that provides further context"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
@@ -240,22 +239,11 @@ def check_settings(args: argparse.Namespace) -> argparse.Namespace:
         "--shard and --load-in-4bit exclude each other": args.shard and args.load_in_4bit,
         "--shard needs torchrun (see --help)": args.shard and "RANK" not in os.environ,
     }
-    refuse(wrong)
+    refuse([message for message, found in wrong.items() if found])
     return args
 
 
 # --- rows -> packed examples ----------------------------------------------------------------------
-
-
-def alpaca_prompt(instruction: str, context: str = "") -> str:
-    r"""The Alpaca prompt, byte for byte, up to where the answer starts.
-
-    >>> alpaca_prompt("Add 1 and 2.")[-55:]
-    'request.\n\n### Instruction:\nAdd 1 and 2.\n\n### Response:\n'
-    """
-    head = HEAD + (CONTEXT if context else "") + TAIL
-    given = f"### Input:\n{context}\n\n" if context else ""
-    return f"{head}### Instruction:\n{instruction}\n\n{given}### Response:\n"
 
 
 def load_rows(args: argparse.Namespace) -> list[Row]:
@@ -429,7 +417,7 @@ def find_device(args: argparse.Namespace) -> "torch.device":
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and "RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = torch.device(check_device(name))
+    device = torch.device(use_device(name))
     if device.index is not None:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
@@ -461,7 +449,15 @@ def load_model(
         f"its tokenizer has {known:,} tokens, its embeddings {rows:,}": known > rows,
         f"its files lack weights: {sorted(about['missing_keys'])[:3]}": about["missing_keys"],
     }
-    refuse({f"--base-model {args.base_model}: {what}": found for what, found in wrong.items()})
+    refuse(
+        [
+            message
+            for message, found in (
+                {f"--base-model {args.base_model}: {what}": found for what, found in wrong.items()}
+            ).items()
+            if found
+        ]
+    )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights in an eval forward: later gradients are wrong
@@ -513,35 +509,6 @@ def shard(model: "PreTrainedModel", device: "torch.device") -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=adapter)
 
 
-def base_fingerprint(folder: Path) -> dict[str, str]:
-    """What tells one base model from another: {"config": sha256, "tensors": sha256}.
-
-    The first of config.json without VOLATILE; the second of every tensor's name, dtype, shape and
-    its first, middle and last row. How the tensors are spread over shards changes nothing. Of a
-    folder without *.safetensors it is the sha256 of nothing. merge.py compares both with its base.
-    """
-    config = json.loads((folder / "config.json").read_bytes())
-    kept = {key: value for key, value in config.items() if key not in VOLATILE}
-    described = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:  # not mapped: pages in sight of a map count as memory
-            start = 8 + (size := int.from_bytes(file.read(8), "little"))
-            header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            for name, about in header.items():
-                rows, (begin, end) = (about["shape"] or [1])[0], about["data_offsets"]
-                digest = hashlib.sha256()
-                for row in sorted({0, rows // 2, rows - 1}) if rows else ():
-                    file.seek(start + begin + row * ((end - begin) // rows))
-                    digest.update(file.read((end - begin) // rows))
-                described[name] = [about["dtype"], about["shape"], digest.hexdigest()]
-    texts = {
-        "config": json.dumps(kept, sort_keys=True),
-        "tensors": json.dumps(described, sort_keys=True),
-    }
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-
-
 def model_sizes(model: "PreTrainedModel") -> dict[str, int]:
     """Parameters by what they cost in a step; works on the meta device.
 
@@ -591,7 +558,7 @@ def prepare(args: argparse.Namespace, stop: Stop, data_sha256: str) -> tuple[Run
     import torch
 
     rows, device = load_rows(args), find_device(args)
-    folder = model_folder("--base-model", args.base_model)
+    folder = fetch_model("--base-model", args.base_model)
     check_input(folder / "config.json", f"--base-model {args.base_model} is no model's folder")
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, folder, device)
@@ -992,10 +959,10 @@ def main(argv: list[str] | None = None) -> None:
     if is_finished(args):
         print(f"{args.out} is finished already")
         return
-    inputs = describe_inputs([check_input(args.data, MEND)])
+    inputs = describe_files([check_input(args.data, MEND)])
     run, counts = prepare(args, stop, inputs[str(args.data)]["sha256"])
     again = "" if args.resume else " --resume"
-    hold = functools.partial(output_folder, args.out, args.overwrite, args.resume, again)
+    hold = functools.partial(claim_output, args.out, args.overwrite, args.resume, again)
     with hold() if RANK == 0 else nullcontext():  # a run that ended a moment too late stays
         if RANK == 0 and not args.resume:
             cut_log(args.out / LOG, -1)
@@ -1006,9 +973,8 @@ def main(argv: list[str] | None = None) -> None:
             counts["steps"] = run.steps
             write_outputs(run, inputs, counts, started)
     if RANK == 0:
-        flags = ["--adapter", str(args.out), "--out", sibling(args.out, "merged")]
         print(f"wrote {args.out}: {run.steps} steps. Next:")
-        print(f"python merge.py {shlex.join(flags)}")
+        print(next_command(args.out))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import sys
 import time
@@ -40,14 +39,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import build_dataset as shared
-from build_dataset import UserError, check_output, first_line, output_folder, refuse
-from check_contamination import (
+from common import (
+    UserError,
     check_input,
-    check_listed,
+    check_output,
+    claim_output,
+    describe_files,
+    fetch_model,
+    finish_run,
+    first_line,
+    make_parser,
     markdown_table,
+    next_command,
+    one_line,
+    read_adapter,
     read_decisions,
+    read_json,
     read_jsonl,
+    refuse,
+    run_main,
+    sha256_of,
+    sync,
+    tensor_names,
+    write_file,
 )
 
 if TYPE_CHECKING:
@@ -150,7 +164,7 @@ class Plan:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags of this step; every impossible setting is named at once."""
-    parser = shared.make_parser(__doc__, "out/merged")
+    parser = make_parser(__doc__, "out/merged")
     add = parser.add_argument_group("models").add_argument
     text = "adapter folder, times WEIGHT (default 1); repeatable (default: out/adapter)"
     add("--adapter", action="append", metavar="DIR[:WEIGHT]", help=text)
@@ -170,12 +184,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     alone = args.allow_contaminated and not args.partner_check
     several = len(args.adapter) > 1 or args.adapter[0][1] != 1
     refuse(
-        {
-            "--limit does not apply: a merge is whole": args.limit,
-            f"--device {args.device}: merging runs on the cpu": args.device not in (None, "cpu"),
-            "--allow-contaminated does nothing without --partner-check": alone,
-            "--check-logits takes one adapter of weight 1": args.check_logits and several,
-        }
+        [
+            message
+            for message, found in (
+                {
+                    "--limit does not apply: a merge is whole": args.limit,
+                    f"--device {args.device}: merging runs on the cpu": args.device
+                    not in (None, "cpu"),
+                    "--allow-contaminated does nothing without --partner-check": alone,
+                    "--check-logits takes one adapter of weight 1": args.check_logits and several,
+                }
+            ).items()
+            if found
+        ]
     )
     return args
 
@@ -198,34 +219,13 @@ def split_weight(item: str) -> tuple[str, float]:
 # --- what is on the disk --------------------------------------------------------------------------
 
 
-def tensor_names(path: Path) -> list[str]:
-    """List the tensors of a safetensors file in the order of their bytes; refuse a broken one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:  # checks types, sizes, gaps, and the file's length
-            return file.offset_keys()
-    except SafetensorError as error:
-        raise UserError(f"{path} is cut short or no safetensors file: {error}") from None
-
-
-def read_adapter(name: str, folder: Path, weight: float) -> Adapter:
+def open_adapter(name: str, folder: Path, weight: float) -> Adapter:
     """Read an adapter's configuration and the names of its tensors; refuse what cannot be merged.
 
     Raises UserError for a pickle, a broken file, and a kind of LoRA that no merge gets right.
     """
-    mend = "write it with: python finetune.py, or name another --adapter"
-    path = check_input(check_input(folder, mend) / CONFIG, mend)
-    config = shared.read_json(path)
-    weights = folder / ADAPTER
-    pickle = folder / "adapter_model.bin"
-    if pickle.exists() and not weights.exists():
-        code = f"t.load({str(pickle)!r}, weights_only=True), {str(weights)!r}"
-        code = f"import torch as t, safetensors.torch as s; s.save_file({code})"
-        command = shlex.join(["python", "-c", code])
-        raise UserError(f"{pickle} is a pickle, which may run code; convert it: {command}")
-    check_listed(check_input(weights, mend))
-
+    config, keys = read_adapter(folder)
+    path = folder / CONFIG
     for option, why in NEVER.items():
         if config.get(option):
             raise UserError(f"{path}: {option} cannot be merged: {why}")
@@ -234,7 +234,7 @@ def read_adapter(name: str, folder: Path, weight: float) -> Adapter:
         mend = "save it again with PEFT's path_initial_model_for_weight_conversion"
         raise UserError(f"{path}: init_lora_weights = {start!r} changed the base by chance; {mend}")
 
-    return Adapter(name, folder, weight, config, keys=set(tensor_names(weights)))
+    return Adapter(name, folder, weight, config, keys)
 
 
 def check_numbers(adapter: Adapter) -> None:
@@ -254,9 +254,9 @@ def check_numbers(adapter: Adapter) -> None:
 
 def read_base(name: str) -> Base:
     """Find the files of a model, a folder or a hub id; every shard must be there, whole."""
-    folder = shared.model_folder("--base-model", name)
+    folder = fetch_model("--base-model", name)
     path = check_input(folder / "config.json", "name a model's folder with --base-model")
-    config = shared.read_json(path)
+    config = read_json(path)
     if config.get("quantization_config"):
         raise UserError(f"{path}: quantised; merge into the original")
 
@@ -279,7 +279,7 @@ def read_base(name: str) -> Base:
 
 def read_known(path: Path, key: str, kind: type) -> Any:
     """Read one value of a JSON file that may be missing; an empty `kind` where it is not there."""
-    value = shared.read_json(path).get(key) if path.exists() else None
+    value = read_json(path).get(key) if path.exists() else None
     if value is None:
         return kind()
     if not isinstance(value, kind):
@@ -573,7 +573,7 @@ def merge_by_module(plan: Plan, out: Path) -> list[Path]:
     written = [out / shard for shard in split.filename_to_tensors]
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": places}
-        shared.write_file(out / INDEX, json.dumps(index, indent=2) + "\n")
+        write_file(out / INDEX, json.dumps(index, indent=2) + "\n")
         written.append(out / INDEX)
     return written
 
@@ -601,7 +601,7 @@ def write_shard(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
         temporary.chmod(0o644)  # safetensors lets only the owner read it
-        shared.sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except SafetensorError as error:  # a full disk
         raise UserError(f"{path}: {error}") from None
@@ -804,14 +804,14 @@ def open_pairs(folder: Path) -> dict[str, str]:
 def describe_training(adapter: Adapter) -> dict[str, Any]:
     """Collect what is known of an adapter: its hash, its data, their licences and leaks."""
     about: dict[str, Any] = {"folder": str(adapter.folder), "weight": adapter.weight}
-    about["sha256"] = shared.sha256_of(adapter.folder / ADAPTER)
+    about["sha256"] = sha256_of(adapter.folder / ADAPTER)
     about["data"] = {}
     for name, known in read_known(adapter.folder / "run.json", "inputs", dict).items():
         if Path(name).suffix not in (".json", ".jsonl"):
             continue
         about["data"][name] = known
         recorded = known.get("sha256") if isinstance(known, dict) else None
-        if Path(name).is_file() and shared.sha256_of(Path(name)) == recorded:
+        if Path(name).is_file() and sha256_of(Path(name)) == recorded:
             about |= describe_rows(Path(name))
     return about
 
@@ -838,7 +838,7 @@ def compare_with_origin(args: argparse.Namespace, base: Base, adapter: Adapter) 
     path = adapter.folder / "base_fingerprint.json"
     if not path.exists():
         return f"no {path}: whether {base.folder} is the base it was trained on"
-    known = shared.read_json(path)
+    known = read_json(path)
     if known.get("load_in_4bit"):
         print(
             f"{adapter.folder} was trained on NF4; the merge is into the 16-bit weights. To score "
@@ -885,10 +885,10 @@ def copy_rest(base: Base, out: Path) -> list[Path]:
     for pattern in COPIED:
         for path in sorted(base.folder.glob(pattern)):
             if path.is_file():
-                shared.write_file(out / path.name, path.read_bytes())
+                write_file(out / path.name, path.read_bytes())
                 copies.append(out / path.name)
-    if shared.read_json(base.folder / "config.json") != base.config:
-        shared.write_file(out / "config.json", json.dumps(base.config, indent=2) + "\n")
+    if read_json(base.folder / "config.json") != base.config:
+        write_file(out / "config.json", json.dumps(base.config, indent=2) + "\n")
     return copies
 
 
@@ -922,7 +922,7 @@ def write_card(base: Base, about: dict[str, Any], out: Path) -> Path:
         )
     for warning in about["warnings"]:
         lines.append(f"- **warning**: {warning}")
-    shared.write_file(out / "README.md", "\n\n".join(lines) + "\n")
+    write_file(out / "README.md", "\n\n".join(lines) + "\n")
     return out / "README.md"
 
 
@@ -964,7 +964,7 @@ def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]
             found.append(f"{adapter.folder} was trained on {what}")
     found = [warning for warning in found if warning]
     for warning in found:
-        print(f"warning: {shared.one_line(warning)}", file=sys.stderr)
+        print(f"warning: {one_line(warning)}", file=sys.stderr)
 
     before = read_known(base.folder / "run.json", "lineage", list)
     lineage = [step for step in before if isinstance(step, dict)]
@@ -984,7 +984,7 @@ def read_adapters(args: argparse.Namespace) -> list[Adapter]:
     """Read all adapters, and set args.base_model to their base where no flag names one."""
     adapters = []
     for number, (folder, weight) in enumerate(args.adapter):
-        adapters.append(read_adapter(f"adapter-{number}", Path(folder), weight))
+        adapters.append(open_adapter(f"adapter-{number}", Path(folder), weight))
     own = adapters[0].config.get("base_model_name_or_path")
     args.base_model = args.base_model or str(own or "")
     return adapters
@@ -1001,7 +1001,7 @@ def choose_way(args: argparse.Namespace, base: Base, adapters: list[Adapter]) ->
         if is_weighted(adapters):
             fault = f"{reason}: such an adapter can be merged alone only, with weight 1"
             raise UserError(fault) from None
-        shown = shared.one_line(str(reason))  # options and their values may hold anything
+        shown = one_line(str(reason))  # options and their values may hold anything
         print(f"merging with the whole model in memory: {shown}", file=sys.stderr)
         if args.foreign_base:
             print("without a table of norms, therefore", file=sys.stderr)
@@ -1039,11 +1039,11 @@ def main(argv: list[str] | None = None) -> None:
     check_room(args, base, adapters)
     about = describe_merge(args, base, adapters)
     with ThreadPoolExecutor(1) as beside:  # hashes, while the libraries are imported
-        hashing = beside.submit(shared.describe_inputs, input_files(base, adapters))
+        hashing = beside.submit(describe_files, input_files(base, adapters))
         plan = choose_way(args, base, adapters)
         inputs = hashing.result()
 
-    with output_folder(args.out, args.overwrite):
+    with claim_output(args.out, args.overwrite):
         if plan:
             outputs = merge_by_module(plan, args.out)
             about |= report(plan)
@@ -1053,23 +1053,10 @@ def main(argv: list[str] | None = None) -> None:
         outputs.append(write_card(base, about, args.out))
         if args.check_logits:
             about["logits"] = check_logits(base, adapters[0].folder, args.out)
-        shared.finish_run(args, inputs, outputs, started, **about)
+        finish_run(args, inputs, outputs, started, **about)
     print(f"wrote {args.out}. Next:")
-    print(shlex.join(next_command(args, about["adapters"])))
-
-
-def next_command(args: argparse.Namespace, adapters: list[dict[str, Any]]) -> list[str]:
-    """Name the command that evaluates the model, on the files that the contamination check had."""
-    command = ["python", "evaluate.py", "--model", args.base_model, "--model", str(args.out)]
-    command += ["--out", shared.sibling(args.out, "eval")]
-    folder = adapters[0].get("contamination")
-    if folder:
-        command += ["--contamination", folder]
-        settings = read_known(Path(folder) / "run.json", "settings", dict)
-        if settings.get("local"):
-            command += ["--local", str(settings["local"])]
-    return command
+    print(next_command(args.out))
 
 
 if __name__ == "__main__":
-    shared.run_main(main)
+    run_main(main)

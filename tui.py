@@ -35,24 +35,27 @@ import subprocess
 import sys
 import tempfile
 import time
-import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from build_dataset import (
+from common import (
+    LONGEST_SHOWN,
     UNFINISHED,
+    VERDICTS,
     Parser,
     Row,
     UserError,
-    file_state,
+    append_decision,
+    one_line,
+    printable,
     read_object,
     read_records,
+    removed_ids,
     run_main,
     sha256_of,
 )
-from check_contamination import VERDICTS, append_decision, removed_ids
 
 if TYPE_CHECKING:
     from textual.app import App
@@ -75,13 +78,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: a lost conn
 RUNS = ("run.json", "apply.json")  # what a step's folder says of the files it read and wrote
 PAIRS, LOG = ("contamination", "pairs.jsonl"), ("adapter", "train_log.jsonl")
 SHORT = {"gray-area": "gray", "similar-but-different": "similar", "not-a-leak": "no leak"}
-LONGEST = 4000  # characters of one field that are shown
 ALIGNED = 500  # words up to which common words are aligned too: beyond, it would take seconds
-COMBINING = 3  # marks on one letter that are drawn; scripts in use need no more
-IGNORABLE = re.compile(  # letters and marks, by their category, that terminals draw as nothing
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
-    "\U000e0100-\U000e01ef]"
-)
 WORD = re.compile(r"\w+|[^\w\s.,;:!?'\"$\\(){}\[\]]")  # what a reader takes for a word or symbol
 RECORDED = Path(__file__).with_name("demo") / "recorded"
 POLL, POLL_STEPS = 0.5, 3.0  # seconds between two looks at followed files, at all steps' folders
@@ -147,37 +144,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # --- text -----------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=8192)
-def visible(char: str) -> str:
-    """One character as it may reach a terminal: itself, or a picture or the number of it."""
-    if ord(char) < 32:
-        return "→   " if char == "\t" else chr(0x2400 + ord(char))  # Unicode's pictures of C0
-    if char.isprintable() and not IGNORABLE.match(char):
-        return char
-    return " " if unicodedata.category(char) == "Zs" else f"\\u{ord(char):04x}"
-
-
-def printable(value: Any, longest: int = LONGEST) -> str:
-    """Text from a file as it may reach a terminal: control characters visible, length capped.
-
-    >>> printable("a\\x1b]0;title\\x07b")
-    'a\\u241b]0;title\\u2407b'
-    """
-    text = value if isinstance(value, str) else "" if value is None else str(value)
-    shown, marks = [], 0
-    for char in text[:longest]:
-        marks = marks + 1 if unicodedata.combining(char) else 0
-        piled = f"\\u{ord(char):04x}" if marks > COMBINING else None
-        shown.append(char if char == "\n" else piled or visible(char))
-    more = len(text) - longest
-    return "".join(shown) + (f" … ({more:,} more characters)" if more > 0 else "")
-
-
-def one_line(value: Any, longest: int = 200) -> str:
-    """`printable` on one line: a line's end is shown as ␊."""
-    return printable(value, longest).replace("\n", "␊")
-
-
 def number(value: Any) -> float | None:
     """A JSON number as a float, None for everything else; from 1e15 up it counts as infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -235,6 +201,14 @@ def find(folder: Path, step: str, name: str) -> Path:
     usual = [path for path in (folder / name, folder / step / name) if path.exists()]
     others = sorted(folder.glob(f"*/{name}"), key=lambda path: -path.stat().st_mtime)
     return [*usual, *others, folder / step / name][0]
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written to or replaced, size first; () for no file."""
+    with contextlib.suppress(FileNotFoundError):
+        now = path.stat()
+        return now.st_size, now.st_mtime_ns, now.st_ino
+    return ()
 
 
 class Tail:
@@ -584,7 +558,7 @@ def event_text(row: Row) -> str:
     texts = {k: one_line(str(row[k])[-150:] if k == "prompt" else row[k], 600) for k in names}
     rest = [f"{k} {texts[k] if v is None else short(v, '.4g')}" for k, v in known.items()]
     text = f"{short(number(row.get('step'))):>7}  {row['event']}  {'  '.join(rest)}"
-    return one_line(text, LONGEST)
+    return one_line(text, LONGEST_SHOWN)
 
 
 def draw_curves(plt: Any, title: str, curves: list[tuple[list, str]], logarithmic: bool) -> None:
@@ -790,10 +764,10 @@ def step_state(
     verdicts is hashed.
     """
     script, mark, run = script_of(path), path / UNFINISHED, read_object(path / "run.json")
-    command = one_line(run.get("command") or f"python {script}.py --out {path}", LONGEST)
+    command = one_line(run.get("command") or f"python {script}.py --out {path}", LONGEST_SHOWN)
     counts = counts_text(run)
     if mark.exists():
-        began = one_line(mark.read_text(errors="replace").strip(), LONGEST) or command
+        began = one_line(mark.read_text(errors="replace").strip(), LONGEST_SHOWN) or command
         if is_held(mark):
             return StepState(script, path, "running", counts, "a process is at work", began)
         began += " --resume" * (any(path.glob("checkpoints/*")) and "--resume" not in began)
@@ -1281,7 +1255,7 @@ def make_app(args: argparse.Namespace) -> "App[None]":
                 if note is not None:
                     await self.save({pair_id: {"verdict": old.get("verdict"), "note": note}})
 
-            text = one_line(old.get("note"), LONGEST)
+            text = one_line(old.get("note"), LONGEST_SHOWN)
             self.app.push_screen(Ask("A note on this pair; enter saves it", "", text), save)
 
         def action_mark(self) -> None:

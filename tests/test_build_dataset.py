@@ -15,6 +15,7 @@ from conftest import DEMO, REAL_DATA, ROOT, assert_refused, demo_origins, run_sc
 from jinja2 import UndefinedError
 
 import build_dataset as build
+import common
 
 
 def convert(source: str, raw: dict) -> tuple | None:
@@ -420,7 +421,7 @@ def test_invalid_rows_are_counted_with_their_place(tmp_path) -> None:
 
 def claim(out: Path, **how: bool) -> None:
     """Begin and end to hold a folder, as a step does."""
-    with build.output_folder(out, overwrite=True, **how):
+    with common.claim_output(out, overwrite=True, **how):
         pass
 
 
@@ -479,13 +480,13 @@ def test_run_json_lists_what_a_step_says_it_wrote(tmp_path, monkeypatch) -> None
     args = build.parse_args(["--sources", "math", "--out", str(tmp_path / "out")])
     written = [args.out / "rows.jsonl", args.out / "model/table.md"]
     synced = []
-    monkeypatch.setattr(build, "sync", synced.append)
-    with build.output_folder(args.out, overwrite=False):
+    monkeypatch.setattr(common, "sync", synced.append)
+    with common.claim_output(args.out, overwrite=False):
         (args.out / "model").mkdir()
         for path in written:
             path.write_text("{}\n{}\n")
         (args.out / "checkpoint").touch()
-        build.finish_run(args, inputs={}, outputs=written, started=0.0, counts={"rows": 2})
+        common.finish_run(args, inputs={}, outputs=written, started=0.0, counts={"rows": 2})
     run = json.loads((args.out / "run.json").read_text())
     digest = hashlib.sha256(b"{}\n{}\n").hexdigest()
     expected = {"rows.jsonl": {"sha256": digest, "rows": 2}, "model/table.md": {"sha256": digest}}
@@ -674,7 +675,7 @@ def test_hub_loading_on_a_local_copy(tmp_path) -> None:
     assert len(list(build.hub_rows("math", True, path=str(tmp_path)))) == 4
     found = list(build.hub_rows("scibench", False, path="json", data_files=[str(file)]))
     assert len(found) == 3
-    with pytest.raises(build.UserError, match="cannot be loaded: .*--local"):
+    with pytest.raises(common.UserError, match="cannot be loaded: .*--local"):
         list(build.hub_rows("math", False, path=str(tmp_path / "nowhere")))
 
 
@@ -682,6 +683,6 @@ def test_a_checked_device_has_no_attention_that_plans_for_every_length() -> None
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(True)
-    assert build.check_device("cpu") == "cpu" and not torch.backends.cuda.cudnn_sdp_enabled()
-    with pytest.raises(build.UserError, match="--device nonsense cannot be used here"):
-        build.check_device("nonsense")
+    assert common.use_device("cpu") == "cpu" and not torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(common.UserError, match="--device nonsense cannot be used here"):
+        common.use_device("nonsense")

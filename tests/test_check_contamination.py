@@ -19,6 +19,7 @@ from conftest import DEMO, REAL_DATA, ROOT, WORLD, assert_refused, demo_origins,
 
 import build_dataset as build
 import check_contamination as check
+import common
 
 DATA = ROOT / "tests/data"
 
@@ -29,7 +30,7 @@ def read_lines(path) -> list[dict]:
 
 def test_planted_leaks_are_found_and_removed(demo) -> None:
     planted = json.loads((ROOT / "demo/planted.json").read_text(encoding="utf-8"))["leaks"]
-    assert {plant["class"] for plant in planted} == set(check.VERDICTS[:3])
+    assert {plant["class"] for plant in planted} == set(common.VERDICTS[:3])
     rows = {row["id"]: row for row in read_lines(demo / "dataset/dataset.jsonl")}
     found = {}
     for pair in read_lines(demo / "contamination/pairs.jsonl"):
@@ -73,10 +74,10 @@ def test_apply_follows_the_verdicts(demo, tmp_path) -> None:
         next(row for row, ids in of_row.items() if len(ids) > 1),
     )
     log = folder / "decisions.jsonl"
-    check.append_decision(log, of_row[freed][0], "duplicate", "ann")
-    check.append_decision(log, of_row[freed][0], "not-a-leak", "bob", "the last line wins")
-    check.append_decision(log, of_row[kept_out][0], "similar-but-different", "ann")
-    check.append_decision(log, of_row[half][0], "not-a-leak", "ann")  # its other pair is undecided
+    common.append_decision(log, of_row[freed][0], "duplicate", "ann")
+    common.append_decision(log, of_row[freed][0], "not-a-leak", "bob", "the last line wins")
+    common.append_decision(log, of_row[kept_out][0], "similar-but-different", "ann")
+    common.append_decision(log, of_row[half][0], "not-a-leak", "ann")  # its other pair is undecided
     done = run_script("check_contamination", "apply", "--out", folder)
     assert done.returncode == 0, done.stderr
     clean = {row["id"] for row in read_lines(folder / "clean.jsonl")}
@@ -94,7 +95,7 @@ def test_apply_follows_the_verdicts(demo, tmp_path) -> None:
     done = run_script("finetune", "--base-model", "none", "--data", folder / "clean.jsonl",
                       "--out", tmp_path / "a")  # fmt: skip
     assert "newer verdicts" not in done.stderr
-    check.append_decision(log, of_row[half][1], "not-a-leak", "ann")
+    common.append_decision(log, of_row[half][1], "not-a-leak", "ann")
     done = run_script("finetune", "--base-model", "none", "--data", folder / "clean.jsonl",
                       "--out", tmp_path / "a")  # fmt: skip
     assert "newer verdicts" in done.stderr
@@ -122,30 +123,30 @@ def test_overwriting_keeps_the_verdicts(demo, tmp_path) -> None:
     args += ["--cache", demo / "cache", "--out", out]
     assert run_script("check_contamination", *args).returncode == 0
     pair = read_lines(out / "pairs.jsonl")[0]
-    check.append_decision(out / "decisions.jsonl", pair["pair_id"], "not-a-leak", "ann")
+    common.append_decision(out / "decisions.jsonl", pair["pair_id"], "not-a-leak", "ann")
     assert_refused(run_script("check_contamination", *args), "finished", "--overwrite")
     done = run_script("check_contamination", *args, "--overwrite")
     assert done.returncode == 0, done.stderr
-    assert list(check.read_decisions(out / "decisions.jsonl")) == [pair["pair_id"]]
+    assert list(common.read_decisions(out / "decisions.jsonl")) == [pair["pair_id"]]
     assert pair["train_id"] in {row["id"] for row in read_lines(out / "clean.jsonl")}
 
 
 def test_a_torn_line_is_no_verdict_and_spoils_no_other(tmp_path, capsys) -> None:
     log = tmp_path / "decisions.jsonl"
-    check.append_decision(log, "a", "duplicate", "ann")
+    common.append_decision(log, "a", "duplicate", "ann")
     whole = log.read_bytes()
-    check.append_decision(log, "b", "not-a-leak", "ann")
+    common.append_decision(log, "b", "not-a-leak", "ann")
     full = log.read_bytes()
     for cut in range(len(whole), len(full)):
         log.write_bytes(full[:cut])
-        check.append_decision(log, "c", "gray-area", "bob")
-        assert check.read_decisions(log)["a"]["verdict"] == "duplicate"
-        assert check.read_decisions(log)["c"]["verdict"] == "gray-area"
-        known = set(check.read_decisions(log))
+        common.append_decision(log, "c", "gray-area", "bob")
+        assert common.read_decisions(log)["a"]["verdict"] == "duplicate"
+        assert common.read_decisions(log)["c"]["verdict"] == "gray-area"
+        known = set(common.read_decisions(log))
         assert known == {"a", "c"} | ({"b"} if cut == len(full) - 1 else set())
     log.write_text('{"pair_id": "a", "verdict": "maybe"}\n' + whole.decode() + '{"pair_id"')
     capsys.readouterr()
-    assert check.read_decisions(log)["a"]["verdict"] == "duplicate"
+    assert common.read_decisions(log)["a"]["verdict"] == "duplicate"
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and f"{log}:1 is no verdict" in said[0] and f"{log}:3 is" in said[1]
 
@@ -161,7 +162,7 @@ def test_verdicts_survive_kills_of_two_writers(tmp_path) -> None:
             if pid == 0:
                 for number in range(100_000):
                     name = f"{trial}-{writer}-{number}"
-                    check.append_decision(log, name, "duplicate", "ann", f"note of {name}")
+                    common.append_decision(log, name, "duplicate", "ann", f"note of {name}")
                     with acknowledged.open("ab", buffering=0) as file:
                         file.write(f"{name}\n".encode())
             writers.append(pid)
@@ -169,7 +170,7 @@ def test_verdicts_survive_kills_of_two_writers(tmp_path) -> None:
             time.sleep(rng.uniform(0.01, 0.06))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    names, decisions = acknowledged.read_text().split(), check.read_decisions(log)
+    names, decisions = acknowledged.read_text().split(), common.read_decisions(log)
     assert len(names) > 100
     assert set(names) <= decisions.keys()
     for name, line in decisions.items():
@@ -274,7 +275,7 @@ def test_hub_loading_on_a_local_copy(tmp_path, monkeypatch) -> None:
     assert from_hub.shots == from_files.shots and from_hub.scored == from_files.scored
     assert check.questions_of(from_hub) == check.questions_of(from_files)
     monkeypatch.setitem(check.HUB, "arc", (str(tmp_path / "nowhere"), None, "train", "test"))
-    with pytest.raises(check.UserError, match="cannot be loaded: .*--local"):
+    with pytest.raises(common.UserError, match="cannot be loaded: .*--local"):
         check.load_benchmark("arc", None)
 
 
@@ -590,10 +591,10 @@ def test_removed_ids() -> None:
     verdicts = {"a": "not-a-leak", "b": "duplicate", "c": "not-a-leak", "former": "gray-area"}
     decisions = {name: {"verdict": verdict} for name, verdict in verdicts.items()}
     b, d = {"pair_id": "b", "verdict": "duplicate"}, {"pair_id": "d", "verdict": "undecided"}
-    assert check.removed_ids(pairs, decisions) == {"x": [b], "z": [d]}
-    assert check.removed_ids(pairs, decisions, ["duplicate"]) == {"x": [b]}
-    assert check.removed_ids(pairs, decisions, ["gray-area"]) == {}
-    assert check.removed_ids(pairs, {}, check.REMOVE).keys() == {"x", "y", "z"}
+    assert common.removed_ids(pairs, decisions) == {"x": [b], "z": [d]}
+    assert common.removed_ids(pairs, decisions, ["duplicate"]) == {"x": [b]}
+    assert common.removed_ids(pairs, decisions, ["gray-area"]) == {}
+    assert common.removed_ids(pairs, {}, common.REMOVED).keys() == {"x", "y", "z"}
 
 
 def test_remove_chooses_classes_and_stale_verdicts_are_named(demo, tmp_path) -> None:
@@ -601,9 +602,9 @@ def test_remove_chooses_classes_and_stale_verdicts_are_named(demo, tmp_path) -> 
     shutil.copytree(demo / "contamination", folder)
     pairs = read_lines(folder / "pairs.jsonl")
     log = folder / "decisions.jsonl"
-    check.append_decision(log, pairs[0]["pair_id"], "duplicate", "ann")
-    check.append_decision(log, pairs[1]["pair_id"], "gray-area", "ann")
-    check.append_decision(log, "0123456789abcdef", "duplicate", "ann")
+    common.append_decision(log, pairs[0]["pair_id"], "duplicate", "ann")
+    common.append_decision(log, pairs[1]["pair_id"], "gray-area", "ann")
+    common.append_decision(log, "0123456789abcdef", "duplicate", "ann")
     args = ["apply", "--out", folder, "--remove"]
     done = run_script("check_contamination", *args, "duplicate")
     assert done.returncode == 0, done.stderr
@@ -738,17 +739,17 @@ def test_broken_results_are_one_line(demo, tmp_path) -> None:
     for number, (name, text, word) in enumerate(faults):
         folder = tmp_path / str(number)
         shutil.copytree(demo / "contamination", folder)
-        check.append_decision(folder / "decisions.jsonl", "a", "duplicate", "ann")
+        common.append_decision(folder / "decisions.jsonl", "a", "duplicate", "ann")
         (folder / name).write_text(text)
         done = run_script("check_contamination", "apply", "--out", folder)
         assert_refused(done, word)
-        assert check.read_decisions(folder / "decisions.jsonl").keys() == {"a"}
+        assert common.read_decisions(folder / "decisions.jsonl").keys() == {"a"}
     shutil.copytree(demo / "contamination", folder := tmp_path / "apply")
     (folder / "apply.json").write_text("{")
     assert run_script("check_contamination", "apply", "--out", folder).returncode == 0
 
 
 def test_a_table_cannot_act_on_the_terminal() -> None:
-    text = check.markdown_table(["name", "of"], [["\ud800\x1b[2J", 1234], ["", "\u202e"]])
-    assert text.isascii() and "\x1b" not in text
+    text = common.markdown_table(["name", "of"], [["\ud800\x1b[2J", 1234], ["", "\u202e"]])
+    assert all(line.isprintable() for line in text.splitlines())
     assert r"\ud800\x1b[2J" in text and "1,234" in text

@@ -37,6 +37,8 @@ from test_prefix_lm import (
     stock_answers,
 )
 
+import common
+
 evaluate = load_evaluate()
 WORLD_TASK = ["--tasks", "", "--task", str(ROOT / "demo/world.yaml")]
 
@@ -70,7 +72,7 @@ def run(*args: object) -> None:
 
 def refused(*args: object) -> str:
     """The one line that a user reads."""
-    with pytest.raises(evaluate.UserError) as error:
+    with pytest.raises(common.UserError) as error:
         run(*args)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -545,7 +547,7 @@ def test_mc2_of_answers_too_unlikely_for_the_harness() -> None:
         assert abs(share([value - 1000 for value in values]) - share(values)) < 1e-9
     sample = {"doc_id": 3, "doc": {}, "target": 0, "metrics": ["f"], "filter": "none"}
     sample |= {"filtered_resps": [(0.0, False)], "f": math.nan}
-    with pytest.raises(evaluate.UserError, match="x/all, question 3: its f is no number"):
+    with pytest.raises(common.UserError, match="x/all, question 3: its f is no number"):
         evaluate.to_questions("x/all", [sample])
 
 

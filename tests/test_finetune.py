@@ -28,6 +28,7 @@ from conftest import ROOT, assert_refused, run_on_terminal, run_script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import common
 import finetune
 from build_dataset import UserError, run_main
 
@@ -105,11 +106,11 @@ def many_rows(count: int) -> list[dict]:
 
 
 def test_prompt_bytes() -> None:
-    assert finetune.alpaca_prompt("Do it.") == (
+    assert common.alpaca_prompt("Do it.") == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nDo it.\n\n### Response:\n"
     )
-    assert finetune.alpaca_prompt("Do it.", "With this.") == (
+    assert common.alpaca_prompt("Do it.", "With this.") == (
         "Below is an instruction that describes a task, paired with an input that provides "
         "further context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nDo it.\n\n### Input:\nWith this.\n\n### Response:\n"
@@ -118,7 +119,7 @@ def test_prompt_bytes() -> None:
 
 def test_supervised_tokens(tokenizer) -> None:
     for row, example in zip(ROWS, finetune.tokenise(ROWS, tokenizer, 4096), strict=True):
-        prompt = finetune.alpaca_prompt(row["instruction"], row["input"])
+        prompt = common.alpaca_prompt(row["instruction"], row["input"])
         answer = tokenizer.decode(example.input_ids[example.start : -1])
         assert answer.strip() == row["output"]
         assert example.input_ids[-1] == tokenizer.eos_token_id
@@ -559,7 +560,7 @@ def sha256(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory) -> list[object]:
+def short_run(tmp_path_factory) -> list[object]:
     """Flags of a short run on 60 rows: 3 epochs of 8 steps."""
     data = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", many_rows(60))
     flags = ["--base-model", BASE, "--data", data, "--batch-size", 8, "--warmup-steps", 4]
@@ -567,9 +568,9 @@ def common(tmp_path_factory) -> list[object]:
 
 
 @pytest.mark.parametrize("mode", [[], ["--shard"]])
-def test_two_processes_are_as_one(common, tmp_path, mode: list[str]) -> None:
+def test_two_processes_are_as_one(short_run, tmp_path, mode: list[str]) -> None:
     """A batch of 3 rows leaves one of the processes with fewer, or none, at the last step."""
-    flags = [*common, "--lora-dropout", "0", "--val-set-size", "7", "--sample-every", "5"]
+    flags = [*short_run, "--lora-dropout", "0", "--val-set-size", "7", "--sample-every", "5"]
     flags += ["--save-every", "4", "--targets", "all"]
     assert tune(*flags, "--out", tmp_path / "one") == 0
     with socket.socket() as free:
@@ -594,10 +595,10 @@ def test_two_processes_are_as_one(common, tmp_path, mode: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [[], ["--shard"]])
-def test_torchrun_starts_it_and_a_signal_stops_it(common, tmp_path, mode: list[str]) -> None:
+def test_torchrun_starts_it_and_a_signal_stops_it(short_run, tmp_path, mode: list[str]) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += ["--nproc-per-node", "2", str(ROOT / "finetune.py")]
-    command = [*launch, *map(str, [*common, "--epochs", 40, *mode, "--out", tmp_path / "out"])]
+    command = [*launch, *map(str, [*short_run, "--epochs", 40, *mode, "--out", tmp_path / "out"])]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     log = tmp_path / "out/train_log.jsonl"
     wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
@@ -629,9 +630,9 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(common, tmp_path_factory) -> tuple[list[object], str]:
+def whole(short_run, tmp_path_factory) -> tuple[list[object], str]:
     """Flags of 24 steps with dropout, and the adapter's hash after an uninterrupted run."""
-    flags = [*common, "--epochs", 3, "--save-every", 2, "--lora-dropout", "0.1"]
+    flags = [*short_run, "--epochs", 3, "--save-every", 2, "--lora-dropout", "0.1"]
     folder = tmp_path_factory.mktemp("whole")
     for name in ("one", "again"):
         assert tune(*flags, "--out", folder / name) == 0
@@ -774,8 +775,8 @@ def test_a_second_signal_ends_at_once(whole, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("delay", [0, 0.5, 1.5])
-def test_a_signal_before_the_first_step_is_clean(common, tmp_path, delay: float) -> None:
-    command = [sys.executable, str(ROOT / "finetune.py"), *map(str, common)]
+def test_a_signal_before_the_first_step_is_clean(short_run, tmp_path, delay: float) -> None:
+    command = [sys.executable, str(ROOT / "finetune.py"), *map(str, short_run)]
     process = subprocess.Popen(
         [*command, "--epochs", "90", "--out", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
@@ -869,25 +870,25 @@ def test_qlora_gradients_are_those_of_the_dequantised_base(batch, tmp_path) -> N
     assert finetune.model_sizes(model)["parameters"] == finetune.model_sizes(plain)["parameters"]
 
 
-def test_a_qlora_run(common, tmp_path) -> None:
+def test_a_qlora_run(short_run, tmp_path) -> None:
     out = tmp_path / "out"
-    assert tune(*common, "--load-in-4bit", "--val-set-size", 5, "--out", out) == 0
+    assert tune(*short_run, "--load-in-4bit", "--val-set-size", 5, "--out", out) == 0
     about = json.loads((out / "base_fingerprint.json").read_text())
     assert about == {
         "base_model": str(BASE),
         "load_in_4bit": True,
-        **finetune.base_fingerprint(BASE),
+        **short_run.base_fingerprint(BASE),
     }
     log = [json.loads(line) for line in (out / "train_log.jsonl").open()]
     assert [x["loss"] for x in log if "loss" in x][-1] < 0.9 * log[1]["loss"]
 
 
 @pytest.mark.parametrize("flag", ["--rslora", "--dora"])
-def test_other_kinds_of_lora_are_pefts(common, tmp_path, batch, flag: str) -> None:
+def test_other_kinds_of_lora_are_pefts(short_run, tmp_path, batch, flag: str) -> None:
     from peft import PeftModel
 
     out = tmp_path / "out"
-    assert tune(*common, flag, "--out", out) == 0
+    assert tune(*short_run, flag, "--out", out) == 0
     config = json.loads((out / "adapter_config.json").read_text())
     assert config[f"use_{flag[2:]}"] and config["base_model_name_or_path"] == str(BASE)
     base = AutoModelForCausalLM.from_pretrained(BASE)
@@ -902,15 +903,15 @@ def test_other_kinds_of_lora_are_pefts(common, tmp_path, batch, flag: str) -> No
 
 
 def test_fingerprint_tells_bases_apart_and_shards_not(tmp_path) -> None:
-    known = finetune.base_fingerprint(BASE)
+    known = common.base_fingerprint(BASE)
     model = AutoModelForCausalLM.from_pretrained(BASE)
     model.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    assert finetune.base_fingerprint(tmp_path / "shards") == known
+    assert common.base_fingerprint(tmp_path / "shards") == known
     config = json.loads((tmp_path / "shards/config.json").read_text())
     for key, value, same in (("use_cache", False, True), ("rms_norm_eps", 1e-5, False)):
         (tmp_path / "shards/config.json").write_text(json.dumps(config | {key: value}))
-        got = finetune.base_fingerprint(tmp_path / "shards")
+        got = common.base_fingerprint(tmp_path / "shards")
         assert got["tensors"] == known["tensors"] and (got["config"] == known["config"]) == same
     (tmp_path / "one").mkdir()
     (tmp_path / "one/config.json").write_text("{}")
@@ -918,10 +919,10 @@ def test_fingerprint_tells_bases_apart_and_shards_not(tmp_path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     for change in (state[name] * 1.01, state[name].bfloat16(), state[name][:-1].contiguous()):
         save_file(state | {name: change}, tmp_path / "one/model.safetensors")
-        assert finetune.base_fingerprint(tmp_path / "one")["tensors"] != known["tensors"]
+        assert common.base_fingerprint(tmp_path / "one")["tensors"] != known["tensors"]
     scalar = {"scale": torch.tensor(2.0), "empty": torch.zeros(0, 3)}
     save_file(state | scalar, tmp_path / "one/model.safetensors")
-    assert finetune.base_fingerprint(tmp_path / "one")["tensors"] != known["tensors"]
+    assert common.base_fingerprint(tmp_path / "one")["tensors"] != known["tensors"]
 
 
 # --- settings, a whole run, bad input ---------------------------------------------------------
@@ -981,9 +982,9 @@ def test_recipe_values_and_overrides() -> None:
     assert seventy.origin["learning_rate"] == "recipe 70b"
 
 
-def test_learning_rates_of_a_run(common, tmp_path) -> None:
+def test_learning_rates_of_a_run(short_run, tmp_path) -> None:
     """Linear to the peak in 4 steps, then half a cosine; the step after the last would be at 0."""
-    assert tune(*common, "--out", tmp_path / "a") == 0
+    assert tune(*short_run, "--out", tmp_path / "a") == 0
     log = [json.loads(line) for line in (tmp_path / "a/train_log.jsonl").open()]
     rates = [line["learning_rate"] for line in log if "learning_rate" in line]
     rise = [3e-3 * step / 4 for step in range(4)]
@@ -1030,13 +1031,13 @@ def test_a_run_writes_adapter_log_and_run(tmp_path) -> None:
     assert "warning" not in done.stderr
 
 
-def test_a_terminal_gets_a_bar(common, tmp_path) -> None:
-    code, shown = run_on_terminal("finetune", *common, "--out", tmp_path / "a")
+def test_a_terminal_gets_a_bar(short_run, tmp_path) -> None:
+    code, shown = run_on_terminal("finetune", *short_run, "--out", tmp_path / "a")
     assert code == 0 and "━" in shown and "step 8/8" in shown
 
 
-def test_rows_that_were_cut_are_counted(common, tmp_path) -> None:
-    done = run_here(*common, "--cutoff", "60", "--out", tmp_path / "a")
+def test_rows_that_were_cut_are_counted(short_run, tmp_path) -> None:
+    done = run_here(*short_run, "--cutoff", "60", "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     counts = json.loads((tmp_path / "a/run.json").read_text())["counts"]
     assert counts["left_out"] > 0 and counts["cut"] > 0 and counts["longest_row"] == 60
@@ -1044,7 +1045,7 @@ def test_rows_that_were_cut_are_counted(common, tmp_path) -> None:
     assert f"{counts['cut']} cut at the end" in done.stderr
 
 
-def test_few_trainable_parameters_are_warned_of(common, tmp_path) -> None:
+def test_few_trainable_parameters_are_warned_of(short_run, tmp_path) -> None:
     config = LlamaConfig(
         vocab_size=900, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=4,
@@ -1052,7 +1053,7 @@ def test_few_trainable_parameters_are_warned_of(common, tmp_path) -> None:
     base = tmp_path / "base"
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(base)
-    args = [*common, "--base-model", base, "--targets", "q_proj", "--lora-rank", "1"]
+    args = [*short_run, "--base-model", base, "--targets", "q_proj", "--lora-rank", "1"]
     done = run_here(*args, "--out", tmp_path / "a")
     assert done.returncode == 0 and "under 0.1 % trainable" in done.stderr, done.stderr
 

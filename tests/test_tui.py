@@ -25,9 +25,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_refused, run_script
 
-import check_contamination as check
+import common
 import tui
-from build_dataset import UserError, sha256_of
+from common import UserError, sha256_of
 
 HOSTILE = [
     *(
@@ -86,7 +86,7 @@ def make_pair(number: int, **fields) -> dict:
         "test_question": f"Q{number:05} Rotate the figure about the y axis.",
         "test_choices": ["1", "2", "3", "4"],
         "test_answer": "2",
-        "suggested": (*tui.VERDICTS, None)[number % 5],
+        "suggested": (*common.VERDICTS, None)[number % 5],
         "why": "differs in 1 of 7 words: x -> y",
     }
     return pair | fields
@@ -168,15 +168,15 @@ def decisions(folder: Path) -> list[dict]:
 
 def test_printable_lets_nothing_through_that_a_terminal_obeys_or_hides() -> None:
     every = "".join(map(chr, range(sys.maxunicode + 1)))
-    shown = tui.printable(every, len(every))
+    shown = common.printable(every, len(every))
     assert not DANGER.search(shown)
     assert {unicodedata.category(char) for char in set(shown) - {"\n"}}.isdisjoint(
         {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
     )
     assert "\\u202e" in shown and "\\ud800" in shown and "␛" in shown and "␍" in shown
-    assert "1,000 more characters" in tui.printable("x" * (tui.LONGEST + 1000))
-    assert unicodedata.combining(tui.printable("e" + "\u0301" * 9)[tui.COMBINING])
-    assert tui.printable("e" + "\u0301" * 9).count("\u0301") == tui.COMBINING
+    assert "1,000 more characters" in common.printable("x" * (common.LONGEST_SHOWN + 1000))
+    assert unicodedata.combining(common.printable("e" + "\u0301" * 9)[common.COMBINING_SHOWN])
+    assert common.printable("e" + "\u0301" * 9).count("\u0301") == common.COMBINING_SHOWN
 
 
 def test_differing_words_and_nothing_else_are_marked() -> None:
@@ -234,7 +234,7 @@ def test_every_key_of_review(folder) -> None:
         assert review.verdicts.of(review.pair) is None
 
     drive(folder, script)
-    known = check.read_decisions(folder / "contamination/decisions.jsonl")
+    known = common.read_decisions(folder / "contamination/decisions.jsonl")
     assert len(known) == 4 and {line["reviewer"] for line in known.values()} == {"ann"}
 
 
@@ -325,7 +325,7 @@ def test_a_whole_list_is_marked_only_after_the_number_is_confirmed(folder) -> No
         await pilot.pause()
 
     drive(folder, script)
-    known = check.read_decisions(folder / "contamination/decisions.jsonl")
+    known = common.read_decisions(folder / "contamination/decisions.jsonl")
     suggested = {f"pair{n:05}": make_pair(n)["suggested"] for n in range(2, 12, 2)}
     expected = {i: verdict for i, verdict in suggested.items() if verdict}
     assert {i: known[i]["verdict"] for i in known if i != "pair00000"} == expected
@@ -352,7 +352,7 @@ def test_what_would_be_removed_is_what_apply_removes(demo, tmp_path) -> None:
     pairs, _ = tui.load_pairs(tmp_path / "contamination/pairs.jsonl")
     verdicts = tui.Verdicts(tmp_path / "contamination/decisions.jsonl", "ann")
     for number, pair in enumerate(pairs[:-2]):
-        list(verdicts.write({pair["pair_id"]: {"verdict": tui.VERDICTS[number % 4]}}))
+        list(verdicts.write({pair["pair_id"]: {"verdict": common.VERDICTS[number % 4]}}))
     list(verdicts.write({pairs[0]["pair_id"]: {"verdict": None}}))
     done = run_script("check_contamination", "apply", "--out", tmp_path / "contamination")
     assert done.returncode == 0, done.stderr
@@ -825,7 +825,7 @@ def test_faults_are_a_line_on_the_screen(folder, monkeypatch) -> None:
     pairs = folder / "contamination/pairs.jsonl"
     with pairs.open("a") as file:
         file.write('not json\n{"pair_id": 7}\n')
-    check.append_decision(folder / "contamination/decisions.jsonl", "foreign", "duplicate", "bob")
+    common.append_decision(folder / "contamination/decisions.jsonl", "foreign", "duplicate", "bob")
     shown = " ".join(" ".join(drive(folder, ["down"]).lines_shown).split())
     assert "2 unreadable lines: pairs.jsonl:13" in shown
     assert "1 verdicts are on other pairs" in shown and "0 of 12 decided" in shown
@@ -860,7 +860,9 @@ def test_bad_folders_are_one_line(tmp_path) -> None:
 
 
 def test_without_a_terminal_it_prints_a_summary(folder) -> None:
-    check.append_decision(folder / "contamination/decisions.jsonl", "pair00003", "duplicate", "ann")
+    common.append_decision(
+        folder / "contamination/decisions.jsonl", "pair00003", "duplicate", "ann"
+    )
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     done = run_script("tui", folder)
     assert done.returncode == 0, done.stderr
