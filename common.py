@@ -438,7 +438,7 @@ def claim_output(
         print(command_line() + resume_flag, file=mark, flush=True)
         if not keep_run:
             remove_outputs(out)
-        for left in out.glob(".*.tmp"):  # by a process of ours that was killed
+        for left in out.rglob(".*.tmp"):  # by a process of ours that was killed
             left.unlink()
 
         yield

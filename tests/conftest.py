@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import pty
+import re
+import shlex
 import subprocess
 import sys
 import termios
@@ -17,6 +19,12 @@ sys.path.append(str(ROOT))  # at the end: lm_eval needs the package `evaluate`, 
 SOURCES = "math,prm800k,scibench,theoremqa,openbookqa,scienceqa,guanaco"
 DEMO = ["--local", str(ROOT / "demo/data")]
 WORLD = ROOT / "demo/world"
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every `python SCRIPT.py ...` line of a text, split as a shell does."""
+    found = re.findall(r"^\s*(?:\$ )?python (\w+\.py.*)$", text, flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in found]
 
 
 def load_evaluate():
