@@ -558,14 +558,18 @@ class PrefixLM(HFLM):
 # --- the command line -----------------------------------------------------------------------------
 
 
-def leave_own_folder() -> None:
-    """Take this file's folder off sys.path, where a script's folder comes first.
+def unhide_evaluate() -> None:
+    """Make `import evaluate` find the package of that name, which metrics of the harness import.
 
-    An evaluate.py beside this file would hide the package `evaluate`, which metrics of the harness
-    import.
+    An evaluate.py beside this file hides it: a script's own folder comes first on sys.path, so that
+    folder is taken off; and who has imported that file as `evaluate` has it in sys.modules, so it
+    is dropped there. Call this after the last import from this file's folder.
     """
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    found = sys.modules.get("evaluate")
+    if found and Path(found.__file__).resolve().parent == here:
+        del sys.modules["evaluate"]
 
 
 def keep_compiled_templates() -> None:
@@ -580,7 +584,7 @@ def keep_compiled_templates() -> None:
 
 def main() -> None:
     """Run the harness's command line with the model `prefix`, unless another is named."""
-    leave_own_folder()
+    unhide_evaluate()
     keep_compiled_templates()
     lm_eval.utils.setup_logging()
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
