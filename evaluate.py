@@ -389,17 +389,22 @@ def row_fault(benchmark: str, row: Row) -> str:
 # --- models ---------------------------------------------------------------------------------------
 
 
-def check_models(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Return {model: {path: sha256}} of its files and the adapter's, of a hub model {id: commit}.
+@dataclass(frozen=True)
+class Model:
+    """A model to score."""
 
-    Refuses what cannot be loaded, before anything is scored.
-    """
+    name: str  # folder or hub id, as --model has it
+    files: dict[str, str]  # {path: sha256} of it and its adapter; of a hub model {id: commit}
+
+
+def check_models(args: argparse.Namespace) -> list[Model]:
+    """Refuse what cannot be loaded, before anything is scored; hash the rest."""
     check_names(args.model)
     adapter = {}
     if args.adapter:
         read_adapter(Path(args.adapter))
         adapter = hash_files(Path(args.adapter))
-    return {model: {**check_model(model), **adapter} for model in args.model}
+    return [Model(name, {**check_model(name), **adapter}) for name in args.model]
 
 
 def check_names(names: list[str]) -> None:
@@ -477,9 +482,7 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def load_lm(
-    model: str, files: dict[str, str], args: argparse.Namespace, process: Process
-) -> "PrefixLM":
+def load_lm(model: Model, args: argparse.Namespace, process: Process) -> "PrefixLM":
     """Load a model that scores by shared prefixes, or as the harness does where --stock asks."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -491,7 +494,7 @@ def load_lm(
         nf4 = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
     try:
         lm = PrefixLM(
-            pretrained=model,
+            pretrained=model.name,
             peft=args.adapter,
             dtype=args.dtype,
             quantization_config=nf4,
@@ -502,13 +505,13 @@ def load_lm(
             trust_remote_code=False,
         )
     except Exception as error:  # configurations and weights go wrong in as many ways as code
-        shown = f"--model {model}"
+        shown = f"--model {model.name}"
         if args.adapter:
             shown = f"{shown} with --adapter {args.adapter}"
         fault = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{shown} cannot be loaded: {fault}") from None
 
-    fingerprint = fingerprint_model(files, args, process.device)
+    fingerprint = fingerprint_model(model.files, args, process.device)
     lm.store = ChunkStore(chunk_folder(args.out), fingerprint, process)
     return lm
 
@@ -694,7 +697,7 @@ class ModelInfo:
     dtype: str
     sha256: str  # of fingerprint_model()
     max_length: int  # tokens
-    files: dict[str, str]  # of check_models()
+    files: dict[str, str]  # of Model
     path: str  # of the forward pass: "prefix" or "stock"
 
 
@@ -728,24 +731,25 @@ class ModelRun:
 
 
 def score_models(
-    models: dict[str, dict[str, str]], tasks: list[Task], args: argparse.Namespace, process: Process
+    models: list[Model], tasks: list[Task], args: argparse.Namespace, process: Process
 ) -> list[ModelRun]:
-    """Score one model after the other; `models` as check_models() returns them."""
+    """Load and score one model after the other."""
     runs = []
-    for model, files in models.items():
-        lm = load_lm(model=model, files=files, args=args, process=process)
+    for model in models:
+        lm = load_lm(model, args, process)
         info = ModelInfo(
-            folder=folder_name(model),
+            folder=folder_name(model.name),
             adapter=args.adapter,
             load_in_4bit=args.load_in_4bit,
             dtype=str(lm.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
             sha256=lm.store.fingerprint,
             max_length=lm.max_length,
-            files=files,
+            files=model.files,
             path="stock" if lm.why_stock else "prefix",
         )
-        name = f"{model} + {args.adapter}" if args.adapter else model
+        name = f"{model.name} + {args.adapter}" if args.adapter else model.name
         runs.append(ModelRun(name, info, score_tasks(lm, tasks, args)))
+        del lm  # else it would stay in memory while the next one is loaded
     return runs
 
 
@@ -783,12 +787,13 @@ def score_benchmark(
     results = []
     for task in tasks:
         samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
-        questions = to_questions(task.prefix, samples)
         prompts = "".join(sample["prompt_hash"] for sample in samples)
-        numbers = {k: v for k, v in found["results"][task.name].items() if type(v) is float}
-        numbers = {metric: value for metric, value in numbers.items() if math.isfinite(value)}
+        digest = hashlib.sha256(prompts.encode())
+        truncated = [name for name, _ in lm.truncated if name == task.name]
+        questions = to_questions(task.prefix, samples)
+        scores = finite_scores(found["results"][task.name])
         if not metrics_of(questions[0]):  # of the corpus as a whole, such as a perplexity
-            print(f"{task.name} has no score per question: {numbers}", file=sys.stderr)
+            print(f"{task.name} has no score per question: {scores}", file=sys.stderr)
         result = TaskResult(
             model=lm.pretrained,
             sha256=lm.store.fingerprint,
@@ -796,9 +801,9 @@ def score_benchmark(
             prefix=task.prefix,
             limit=args.limit,
             benchmark_seconds=round(seconds, 2),
-            prompts_sha256=hashlib.sha256(prompts.encode()).hexdigest(),
-            truncated=len([name for name, _ in lm.truncated if name == task.name]),
-            harness=numbers,
+            prompts_sha256=digest.hexdigest(),
+            truncated=len(truncated),
+            harness=scores,
             questions=questions,
         )
         results.append(result)
@@ -806,7 +811,7 @@ def score_benchmark(
 
 
 def run_harness(lm: "PrefixLM", tasks: list[Task], args: argparse.Namespace) -> Row:
-    """Run tasks by the harness, all at once: each draws its few-shot examples by a seed of its own."""
+    """Run tasks at once by the harness; each draws its few-shot examples by a seed of its own."""
     import numpy as np
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -826,6 +831,15 @@ def run_harness(lm: "PrefixLM", tasks: list[Task], args: argparse.Namespace) -> 
             )
     except ScoringError as error:
         raise UserError(str(error)) from None
+
+
+def finite_scores(found: Row) -> dict[str, float]:
+    """Pick the numbers out of what the harness says of a task, where there are names as well."""
+    scores = {}
+    for metric, value in found.items():
+        if type(value) is float and math.isfinite(value):
+            scores[metric] = value
+    return scores
 
 
 def to_questions(prefix: str, samples: list[Row]) -> list[Row]:
@@ -1462,22 +1476,30 @@ def describe_inputs(args: argparse.Namespace) -> dict[str, Row]:
     return describe_files([*local_inputs(args), *files])
 
 
-def describe_more_inputs(models: dict[str, dict[str, str]], tasks: list[Task]) -> dict[str, Row]:
+def describe_more_inputs(models: list[Model], tasks: list[Task]) -> dict[str, Row]:
     """Return for run.json the tasks' data files, and the models' own, which are hashed already."""
     files = {file for task in tasks for file in task.files}
     described = describe_files(Path(file) for file in sorted(files))
-    for known in models.values():
-        for path, sha256 in known.items():
+    for model in models:
+        for path, sha256 in model.files.items():
             if Path(path).is_file():  # not a hub model's id
                 described[path] = {"sha256": sha256}
     return described
 
 
-def output_files(out: Path, models: Iterable[str], tasks: list[Task]) -> list[Path]:
+def write_results(args: argparse.Namespace, results: Evaluation) -> str:
+    """Write results.json and results.md; return the tables."""
+    text = draw_tables(results, args.paper)
+    write_file(args.out / "results.json", results.to_json())
+    write_file(args.out / "results.md", text + "\n")
+    return text
+
+
+def output_files(out: Path, models: list[Model], tasks: list[Task]) -> list[Path]:
     """List the files that a run has written."""
     files = [out / "results.json", out / "results.md"]
     for model in models:
-        files += [out / folder_name(model) / f"{task.name}.json" for task in tasks]
+        files += [out / folder_name(model.name) / f"{task.name}.json" for task in tasks]
     return files
 
 
@@ -1492,23 +1514,20 @@ def main(argv: list[str] | None = None) -> None:
     inputs = describe_inputs(args)
     flagged = read_flagged(args.contamination)
     runs = read_earlier_runs(args.compare)
-
     process = take_process(args.device)
     import_harness()
     models = check_models(args)
     tasks = load_tasks(args) if models else []
     inputs.update(describe_more_inputs(models, tasks))
-    if process.rank > 0:  # the first process takes its chunks and writes the results
+
+    if process.rank > 0:  # the first process reads these scores from their files
         score_models(models=models, tasks=tasks, args=args, process=process)
         return
-
     warn_unchecked(args.contamination, flagged, tasks)
     with claim_output(args.out, args.overwrite):
         runs += score_models(models=models, tasks=tasks, args=args, process=process)
         results = compare_runs(runs, flagged)
-        text = draw_tables(results, args.paper)
-        write_file(args.out / "results.json", results.to_json())
-        write_file(args.out / "results.md", text + "\n")
+        text = write_results(args, results)
         outputs = output_files(args.out, models, tasks)
         infos = asdict(results)["models"]
         finish_run(args, inputs=inputs, outputs=outputs, started=started, models=infos)

@@ -231,7 +231,7 @@ SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(
     [
         *("torch", "transformers.models.llama.modeling_llama", "peft", "sentence_transformers"),
-        *("datasets", "lm_eval.models.huggingface", "lm_eval.tasks", "matplotlib.figure"),
+        *("datasets", "lm_eval.models.huggingface", "lm_eval.tasks"),
         *("rich.progress", "tabulate", "textual.app", "textual.widgets", "textual_plotext"),
     ]
 )
