@@ -25,8 +25,9 @@ float32 the log-likelihoods are those of `hf` but for rounding; in 16 bit, too, 
 float32's, as that of `hf` is with softmax_dtype=float32. A model that cannot be served so (sliding
 windows, recurrent state, ...) is scored by the harness's own forward pass, and it says why;
 stock=True among the --model_args asks for that. pack=N sets the new tokens of a forward pass. Only
-safetensors are loaded, unless use_safetensors=False. A --config names its own model: `model:
-prefix`. Memory: the model, one pack, one path of the trie, and the token ids of all requests.
+safetensors are loaded, unless use_safetensors=False, and no code of a model's folder is run, unless
+trust_remote_code=True. A --config names its own model: `model: prefix`. Memory: the model, one
+pack, one path of the trie, and the token ids of all requests.
 """
 
 import functools
@@ -39,14 +40,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lm_eval.utils
-import numpy as np
-import torch
-from lm_eval._cli import HarnessCLI
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+try:
+    import lm_eval.utils
+    import numpy as np
+    import torch
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from tqdm import tqdm
+    from transformers import DynamicCache, PreTrainedModel
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: no package {error.name} here: pip install 'lm-eval[hf]'", file=sys.stderr)
+    sys.exit(2)
 
 CPU_PACK = 384  # new tokens of a forward pass; attention is dense within it, so more is slower
 SMALLEST_GPU_PACK = 64
@@ -278,6 +285,9 @@ class PrefixScorer:
         the likeliest token.
         """
         device = self.model.device
+        tokens = torch.from_numpy(trie.tokens[start:stop]).to(device)
+        positions = torch.from_numpy(trie.depths[start:stop]).to(device)
+        mask = self.ancestor_mask(trie, path, start, stop)
         first, last = np.searchsorted(trie.places, [start, stop])
         # several answers may be scored at one node: its logits are made once
         rows, row_of = np.unique(trie.places[first:last] - start, return_inverse=True)
@@ -286,9 +296,9 @@ class PrefixScorer:
 
         with torch.inference_mode():
             output = self.model(
-                input_ids=torch.from_numpy(trie.tokens[start:stop]).to(device)[None],
-                position_ids=torch.from_numpy(trie.depths[start:stop]).to(device)[None],
-                attention_mask=self.ancestor_mask(trie, path, start, stop)[None, None],
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                attention_mask=mask[None, None],
                 past_key_values=path.cache,
                 use_cache=True,
                 logits_to_keep=torch.from_numpy(rows).to(device),
@@ -429,6 +439,7 @@ class PrefixLM(HFLM):
         # of the harness's own forward pass, to equal ours: rounded to 16 bit it moves scores
         settings.setdefault("softmax_dtype", "float32")
         settings.setdefault("use_safetensors", True)
+        settings.setdefault("trust_remote_code", False)
         self.quantization_config = quantization_config
         self.encoded: dict[str, np.ndarray] = {}
         self.asked: list[Any] = []
@@ -558,14 +569,18 @@ class PrefixLM(HFLM):
 # --- the command line -----------------------------------------------------------------------------
 
 
-def leave_own_folder() -> None:
-    """Take this file's folder off sys.path, where a script's folder comes first.
+def unhide_evaluate() -> None:
+    """Make `import evaluate` find the package of that name, which metrics of the harness import.
 
-    An evaluate.py beside this file would hide the package `evaluate`, which metrics of the harness
-    import.
+    An evaluate.py beside this file hides it: a script's own folder comes first on sys.path, so that
+    folder is taken off; and who has imported that file as `evaluate` has it in sys.modules, so it
+    is dropped there. Call this after the last import from this file's folder.
     """
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    found = sys.modules.get("evaluate")
+    if found and Path(found.__file__).resolve().parent == here:
+        del sys.modules["evaluate"]
 
 
 def keep_compiled_templates() -> None:
@@ -580,7 +595,7 @@ def keep_compiled_templates() -> None:
 
 def main() -> None:
     """Run the harness's command line with the model `prefix`, unless another is named."""
-    leave_own_folder()
+    unhide_evaluate()
     keep_compiled_templates()
     lm_eval.utils.setup_logging()
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
