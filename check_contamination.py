@@ -33,7 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from build_dataset import (
     CACHE,
@@ -80,38 +80,33 @@ HUB = {  # id, configuration, few-shot split, scored split: as in the harness's 
     "mmlu": ("cais/mmlu", "all", "dev", "test"),
     "truthfulqa": ("truthfulqa/truthful_qa", "multiple_choice", None, "validation"),
 }
-HELLASWAG_SHOTS = 300  # rows of its official layout that are few-shot examples
-PAIR_FIELDS = {  # what `apply` needs of a line of pairs.jsonl
-    "pair_id": str,
-    "train_id": str,
-    "source": str,
-    "benchmark": str,
-    "subject": str,
-    "test_id": str,
-}
+HELLASWAG_SHOTS = 300  # first rows of its official layout, which are few-shot examples
+PAIR_FIELDS = dict.fromkeys(  # what `apply` needs of a line of pairs.jsonl, all text
+    ("pair_id", "train_id", "source", "benchmark", "subject", "test_id"), str
+)
 # Table 1: leaked questions per source, the rest 0; the questions of PRM800K are MATH's.
 PAPER_LEAKS = {"prm800k": 77, "math": 77, "airoboros": 13, "guanaco": 13, "openbookqa": 6}
 
 # Detection: measured by benchmarks/contamination_quality.py
 CANDIDATE = 0.6  # from this cosine up the words of two texts may confirm that they are one question
-CONFIRMED = 1.0  # cosine + share of the words in both, where the texts have numbers in common
-CONFIRMED_WORDS = 1.2  # the same without numbers in common
+CONFIRMED = 1.0  # cosine + share of the words in both, where they have numbers in common
+CONFIRMED_WORDS = 1.2  # the same where they have none
 GENERIC = 1.1  # unique words' worth that parts must share; "which of the following is true" has .8
 WITH_CHOICES = "question with choices"
-WHOLE_VIEWS = ("question", "instruction", WITH_CHOICES)
+WHOLE_VIEWS = ("question", "instruction", WITH_CHOICES)  # the other views are parts
 
 # Suggestions: chosen on one half of 360 labelled pairs
 WORDING = 0.8  # cosine of two questions from which they may be one calculation
-CLOSE_WORDING = 0.87  # from which they ask alike, and another answer makes another question
+CLOSE_WORDING = 0.87  # from which they differ in a detail, where their answers differ
 SAME_WORDING = 0.9  # from which they ask the same
 FACT = 0.75  # cosine of question and answer from which two rows state one fact
 SAME_SUBJECT = 0.45  # below which they have not even the subject in common
 SAME_ANSWER = 0.75  # cosine of two answers from which they say the same
-NEARLY_ALL = 0.85  # share of the words that stand in the same order, of nearly the same questions
-HALF = 0.5  # the same share of questions that differ in more
-REPLACED = GENERIC / 4  # unique words' worth in each that the other has not: another question
+NEARLY_ALL = 0.85  # share of the words in the same order, of nearly the same questions
+HALF = 0.5  # the same share, of questions that are alike
+REPLACED = GENERIC / 4  # unique words' worth in each of two texts that makes them two questions
 BRIEF = 5  # words of an answer that is no solution
-LONGEST = 1000  # words of a text of which differences are looked for
+LONGEST = 1000  # words of a text in which differences are looked for
 NEGATIONS = ("no", "not", "never", "except", "without", "least", "cannot", "false", "incorrect")
 
 # The parts of a training row
@@ -120,22 +115,23 @@ LETTER = re.compile(r"(?:the answer is:?\s*)?\(?([A-Z])(?:[:.)]\s*(.*))?", re.IG
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # how MATH marks an answer
 FINAL = re.compile(r"####\s*(.+)")  # and how GSM8K does
 
-# The words of a text
+# The words of a text; [^\W\d_] is a letter of any alphabet
 DASHES = str.maketrans("\u2212\u2013\u2014\u2019", "---'")  # minus, en and em dash; apostrophe
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?:\\!)?(?=\d{3}(?!\d))")  # 1,000 and 1{,}000
 FRAME = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}|&|(?s:\[asy\].*?\[/asy\])")  # and diagrams' code
 LAYOUT = re.compile(r"\\(?:left|right|displaystyle|math\w\w|text\w*|[ !,;:])(?![a-z])")
 FRACTION = re.compile(r"\\[dt]?frac\{(\w+)\}\{(\w+)\}")
-GREEK = re.compile(r"(?<![^\W\d_])[α-ω](?![^\W\d_])")  # a letter that stands alone
-HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2})")  # x-axis
-GROUP = re.compile(
-    r"[({\[]\s*((?:[^\W\d_]+|\d+(?:\.\d+)?)(?:\s+[^\W\d_]+)*)\s*[)}\]]"
-)  # (one thing)
-TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|_+|[^\w\s.,;:!?'\"$\\]")  # number, word, blank, sign
+GREEK = re.compile(r"(?<![^\W\d_])[α-ω](?![^\W\d_])")  # one that stands alone, as in a formula
+HYPHEN = re.compile(
+    r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2})"
+)  # x-axis; not x-y
+THING = r"(?:[^\W\d_]+|\d+(?:\.\d+)?)(?:\s+[^\W\d_]+)*"  # some words, a number, a number of things
+GROUP = re.compile(rf"[({{\[]\s*({THING})\s*[)}}\]]")  # in brackets
+TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|_+|[^\w\s.,;:!?'\"$\\]")  # number, word, gap, symbol
 NAME = re.compile(r"(?<=\w[\s,;])[A-Z][a-z]+")  # proper names: capitals within a sentence
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DIGITS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)}
-EVERYWHERE = ("0", "1", "01")  # numbers that say nothing about a text
+EVERYWHERE = ("0", "1", "01")  # numbers that say nothing of a text
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -174,8 +170,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.benchmarks = [] if args.against else list(HUB)
     args.remove = args.remove.split(",")
     extras = []
-    for text in args.extra_benchmark:
-        name, _, file = text.partition("=")
+    for extra in args.extra_benchmark:
+        name, _, file = extra.partition("=")
         extras.append((name, file))
     refuse(flag_faults(args, extras))
     args.extra_benchmark = dict(extras)
@@ -246,44 +242,34 @@ def load_benchmark(name: str, local: Path | None, official: bool = False) -> lis
     official layout, which evaluation needs, even where the whole validation split is there as plain
     text. Raises UserError for a missing file or column.
     """
-    folder = None
-    if local:
-        folder = local / name
-        if folder.is_dir():
-            return LOCAL[name](folder, official)
-    splits = load_hub_splits(name, folder)
-
+    if local and (local / name).is_dir():
+        return LOCAL[name](local / name, official)
+    splits = load_hub_splits(name, local)
     _, _, shots_split, scored_split = HUB[name]
-    shots: dict[str, list[Row]] = {}
-    if shots_split:
-        shots = group_by_subject(name, splits[shots_split])
+    shots = group_by_subject(name, splits[shots_split] if shots_split else [])
     scored = group_by_subject(name, splits[scored_split])
-
     subjects = []
     for subject in sorted({*shots, *scored}):
-        rows = scored.get(subject, [])
-        subjects.append(Subject(name, subject, shots=shots.get(subject, []), scored=rows))
+        subjects.append(Subject(name, subject, shots=shots[subject], scored=scored[subject]))
     return subjects
 
 
-def load_hub_splits(name: str, folder: Path | None) -> Any:
-    """Load a benchmark from the hub: {split: rows}. folder: where it was looked for before."""
+def load_hub_splits(name: str, local: Path | None) -> dict[str, Iterable[Row]]:
+    """Load a benchmark from the hub: {split: rows}. local: where it was looked for before."""
     from datasets import load_dataset
 
     path, config, _, _ = HUB[name]
     try:
         return load_dataset(path, config)
     except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
-        if folder:
-            fault = f"{folder} is no folder, and the hub's {path} cannot be loaded"
+        fault = f"{hub_fault(path, error)}, or put its files in DIR/{name}/ and give --local DIR"
+        if local:
+            fault = f"{local / name} is no folder, and the hub's {path} cannot be loaded"
             fault = f"{fault}: {first_line(error)}"
-        else:
-            fault = f"{hub_fault(path, error)}, or put its files in DIR/{name}/"
-            fault = f"{fault} and give --local DIR"
         raise UserError(f"benchmark {name}: {fault}") from None
 
 
-def group_by_subject(name: str, rows: Iterable[Row]) -> dict[str, list[Row]]:
+def group_by_subject(name: str, rows: Iterable[Row]) -> defaultdict[str, list[Row]]:
     """Group a benchmark's rows by subject: MMLU has 57, the others one, "all"."""
     groups = defaultdict(list)
     for row in rows:
@@ -302,7 +288,7 @@ def local_arc(folder: Path, official: bool) -> list[Subject]:
     fields = {"question": str, "choices": dict, "answerKey": str}
     shots = read_jsonl(benchmark_file(folder / "ARC-Challenge-train.jsonl"), fields)
     scored = read_jsonl(benchmark_file(folder / "ARC-Challenge-test.jsonl"), fields)
-    return [Subject("arc", "all", shots, scored)]
+    return [Subject("arc", "all", shots=shots, scored=scored)]
 
 
 def local_hellaswag(folder: Path, official: bool) -> list[Subject]:
@@ -325,8 +311,8 @@ def local_hellaswag(folder: Path, official: bool) -> list[Subject]:
         for row in rows:
             row["test_row"] = places.get(letters_of(row["ctx"]), -1)
 
-    shots = min(HELLASWAG_SHOTS, len(rows) // 2)  # half of a file as small as the demo's
-    return [Subject("hellaswag", "all", rows[:shots], rows[shots:])]
+    shots = min(HELLASWAG_SHOTS, len(rows) // 2)  # half of a smaller file, as the demo's is
+    return [Subject("hellaswag", "all", shots=rows[:shots], scored=rows[shots:])]
 
 
 def letters_of(text: str) -> str:
@@ -348,7 +334,7 @@ def local_mmlu(folder: Path, official: bool) -> list[Subject]:
     for name in names:
         shots = read_mmlu_file(folder / "dev" / f"{name}_dev.csv", name)
         scored = read_mmlu_file(folder / "test" / f"{name}_test.csv", name)
-        subjects.append(Subject("mmlu", name, shots, scored))
+        subjects.append(Subject("mmlu", name, shots=shots, scored=scored))
     return subjects
 
 
@@ -393,14 +379,14 @@ LOCAL = {  # `official` matters to HellaSwag alone: only it has two layouts
 def questions_of(subject: Subject) -> list[Question]:
     """Return the scored rows of a subject as questions, with choices and the right answer's text.
 
-    Raises LookupError, TypeError or ValueError where a row is none.
+    Raises AttributeError, LookupError, TypeError or ValueError where a row is no question.
     """
     questions = []
     for index, row in enumerate(subject.scored):
         choices, answer = choices_and_answer(subject.benchmark, row)
         text = row["question"] if "question" in row else row["ctx"]
         test_id = f"{subject.benchmark}/{subject.subject}/{index}"
-        questions.append(Question(test_id, text, choices, answer))
+        questions.append(Question(test_id, text, choices=choices, answer=answer))
     return questions
 
 
@@ -504,16 +490,17 @@ def spell_greek(letter: re.Match) -> str:
 class Content(NamedTuple):
     """What a text is about."""
 
-    words: frozenset[str]
+    words: frozenset[str]  # as stems
     numbers: Counter[str]
-    names: frozenset[str]
+    names: frozenset[str]  # proper names
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def content_of(text: str) -> Content:
-    """Return a text's words cut to five letters, its numbers, and its proper names.
+    """Return a text's words as stems, its numbers, and its proper names.
 
     Five letters without a plural's s are a crude stem: "produces" and "production" are one word.
+    "three" is the number 3.
     """
     words = []
     for word in words_of(text):
@@ -551,20 +538,20 @@ class Rarity:
         information that is in both (Dice's coefficient) is added to the cosine, and must be larger
         without numbers.
         """
-        ours = content_of(a)
-        theirs = content_of(b)
-        shared_numbers = (ours.numbers & theirs.numbers).total()
-        all_numbers = (ours.numbers | theirs.numbers).total()
+        left = content_of(a)
+        right = content_of(b)
+        shared_numbers = (left.numbers & right.numbers).total()
+        all_numbers = (left.numbers | right.numbers).total()
         if 3 * shared_numbers < 2 * all_numbers:
             return False
-        fewer_names = min(len(ours.names), len(theirs.names))
-        if 2 * len(ours.names & theirs.names) < fewer_names:
+        fewer_names = min(len(left.names), len(right.names))
+        if 2 * len(left.names & right.names) < fewer_names:
             return False
-        information = self.of(ours.words) + self.of(theirs.words)
+        information = self.of(left.words) + self.of(right.words)
         if not information:
             return False
 
-        agreement = 2 * self.of(ours.words & theirs.words) / information
+        agreement = 2 * self.of(left.words & right.words) / information
         needed = CONFIRMED if shared_numbers else CONFIRMED_WORDS
         return cosine + agreement >= needed
 
@@ -573,24 +560,22 @@ def contained(needles: list[str], haystacks: list[str]) -> Iterator[tuple[str, s
     """Yield (needle, haystack) wherever a needle's words stand in a row in a haystack."""
     if not needles or not haystacks:
         return
-    spaced = {}
+    spaced = {}  # blanks on both sides: a word is found whole or not at all
     for text in {*needles, *haystacks}:
-        words = " ".join(words_of(text))
-        spaced[text] = f" {words} "
+        spaced[text] = f" {' '.join(words_of(text))} "
 
     counts: Counter[str] = Counter()
     for words in spaced.values():
         counts.update(set(words.split()))
-    needles_of = defaultdict(list)  # a needle is looked for only where its rarest word is
+    by_word = defaultdict(list)  # a needle is looked for only where its rarest word is
     for needle in needles:
         words = spaced[needle].split()
         if words:
-            needles_of[min(words, key=counts.get)].append(needle)
+            by_word[min(words, key=counts.get)].append(needle)
 
     for text in haystacks:
-        words = set(spaced[text].split())
-        for word in words & needles_of.keys():
-            for needle in needles_of[word]:
+        for word in set(spaced[text].split()) & by_word.keys():
+            for needle in by_word[word]:
                 if spaced[needle] in spaced[text]:
                     yield needle, text
 
@@ -599,13 +584,13 @@ def contained(needles: list[str], haystacks: list[str]) -> Iterator[tuple[str, s
 
 
 class View(NamedTuple):
-    """One view: of the how-manieth row or question, and which."""
+    """That a text is a view of a row or question."""
 
-    place: int
-    name: str
+    place: int  # of the row or question, from 0
+    name: str  # of the view
 
 
-Owners = dict[str, list[View]]  # a text -> the rows or questions that have it as a view
+Views = dict[str, list[View]]  # a text -> what it is a view of
 
 
 def bare_of(row: Row) -> str:
@@ -641,32 +626,32 @@ def question_views(question: Question) -> dict[str, str]:
     return views
 
 
-def gather(views: Iterable[dict[str, str]]) -> Owners:
-    """Return which rows or questions have each text as a view: given {text: name} of each."""
-    owners = defaultdict(list)
-    for place, names in enumerate(views):
+def gather(named_texts: Iterable[dict[str, str]]) -> Views:
+    """Return which rows or questions have each text as a view: given the {text: name} of each."""
+    views: Views = {}
+    for place, names in enumerate(named_texts):
         for text, name in names.items():
             if text.strip():
-                owners[text].append(View(place, name))
-    return owners
+                views.setdefault(text, []).append(View(place, name))
+    return views
 
 
-def add_windows(owners: Owners, embedder: Embedder) -> None:
+def add_windows(views: Views, embedder: Embedder) -> None:
     """Add the windows of the whole texts that are longer than the embedding model reads."""
-    texts = texts_called(owners, ["question"])
+    texts = texts_called(views, ["question"])
     for text, windows in zip(texts, embedder.windows(texts), strict=True):
         if len(windows) == 1:
             continue
         for window in windows:
-            for view in owners[text]:
-                owners[window].append(View(view.place, "window"))
+            for view in views[text]:
+                views.setdefault(window, []).append(View(view.place, "window"))
 
 
-def texts_called(owners: Owners, names: Collection[str]) -> list[str]:
+def texts_called(views: Views, names: Collection[str]) -> list[str]:
     """List the texts that are a view with one of these names."""
     texts = []
-    for text, views in owners.items():
-        if any(view.name in names for view in views):
+    for text, found in views.items():
+        if any(view.name in names for view in found):
             texts.append(text)
     return texts
 
@@ -675,7 +660,7 @@ def texts_called(owners: Owners, names: Collection[str]) -> list[str]:
 
 
 class Detection(NamedTuple):
-    """A text of a row and one of a test question that are alike."""
+    """Two texts that are alike, views of rows and of test questions."""
 
     row_text: str
     test_text: str
@@ -685,7 +670,7 @@ class Detection(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What speaks for a pair of a row and a test question: one view of each, which are alike."""
+    """What makes a row and a test question a pair: a view of each, which are alike."""
 
     detector: str
     cosine: float
@@ -706,9 +691,12 @@ class Evidence:
 
 
 def detections(
-    ours: Owners, theirs: Owners, embedder: Embedder, lowest: float
+    ours: Views, theirs: Views, embedder: Embedder, lowest: float
 ) -> Iterator[Detection]:
-    """Yield the texts of rows and test questions with a cosine from `lowest` up, or verbatim."""
+    """Yield the texts with a cosine of at least `lowest`, then those of which one holds the other.
+
+    ours: the rows' views; theirs: the test questions'.
+    """
     row_texts = list(ours)
     test_texts = list(theirs)
     row_vectors = embedder(row_texts)
@@ -725,7 +713,7 @@ def detections(
         yield Detection(row_text, test_text, float(row_vector @ test_vector), verbatim=True)
 
 
-def verbatim_texts(ours: Owners, theirs: Owners) -> Iterator[tuple[str, str]]:
+def verbatim_texts(ours: Views, theirs: Views) -> Iterator[tuple[str, str]]:
     """Yield (row's text, test question's text) where one holds the other word for word."""
     needles = texts_called(theirs, ["question", "stem"])
     for test_text, row_text in contained(needles, texts_called(ours, ["question"])):
@@ -735,7 +723,7 @@ def verbatim_texts(ours: Owners, theirs: Owners) -> Iterator[tuple[str, str]]:
 
 
 def detector_of(found: Detection, threshold: float, rarity: Rarity) -> str:
-    """Name what lists two texts: "verbatim", "cosine", "cosine and words"; "" for nothing."""
+    """Name what says that two texts are alike; "" where nothing does."""
     if found.verbatim:
         return "verbatim"
     if found.cosine >= threshold:
@@ -746,7 +734,7 @@ def detector_of(found: Detection, threshold: float, rarity: Rarity) -> str:
 
 
 def is_enough(evidence: Evidence, generic: bool) -> bool:
-    """Tell whether a row and a question are listed as a pair for this.
+    """Tell whether a row and a question are a pair by this alone.
 
     generic: the two texts share no more than a generic stem.
     """
@@ -759,7 +747,7 @@ def is_enough(evidence: Evidence, generic: bool) -> bool:
 
 
 def is_better(new: Evidence, old: Evidence) -> bool:
-    """Tell which evidence a pair shows: verbatim text, then the higher cosine, then whole texts."""
+    """Tell whether a pair shows this evidence: verbatim text first, then the higher cosine."""
     new_verbatim = new.detector == "verbatim"
     old_verbatim = old.detector == "verbatim"
     if new_verbatim != old_verbatim:
@@ -768,11 +756,11 @@ def is_better(new: Evidence, old: Evidence) -> bool:
         return new.cosine > old.cosine
     if new.whole != old.whole:
         return new.whole
-    return new.view > old.view  # by name: the order of the search must not decide
+    return new.view > old.view  # any order will do, but for that in which they were found
 
 
 def best_evidence(
-    ours: Owners, theirs: Owners, found: Iterable[Detection], threshold: float, rarity: Rarity
+    ours: Views, theirs: Views, found: Iterable[Detection], threshold: float, rarity: Rarity
 ) -> dict[tuple[int, int], Evidence]:
     """Return {(row, question): its best evidence}, by their places, of every pair to list."""
     best: dict[tuple[int, int], Evidence] = {}
@@ -809,7 +797,7 @@ def find_pairs(
     a generic stem. paper: cosine alone, whole rows x questions with choices, as published.
     Returns the lines of pairs.jsonl.
     """
-    if paper:  # no text of a test is called "question": nothing is looked for word for word
+    if paper:  # as no test text is called "question", verbatim_texts() finds nothing
         ours = gather({question_of(row): "question"} for row in rows)
         theirs = gather({lettered(q.text, q.choices): WITH_CHOICES} for q in questions)
         lowest = threshold
@@ -820,27 +808,26 @@ def find_pairs(
         add_windows(theirs, embedder)
         lowest = min(threshold, CANDIDATE)
     rarity = Rarity([*ours, *theirs])
-    found = detections(ours, theirs, embedder, lowest)
+    found = detections(ours, theirs, embedder=embedder, lowest=lowest)
     best = best_evidence(ours, theirs, found=found, threshold=threshold, rarity=rarity)
 
     pairs = [(rows[row], questions[question]) for row, question in best]
     suggestions = suggest(pairs, embedder, rarity)
     described = []
-    for (row, question), evidence, suggestion in zip(
-        pairs, best.values(), suggestions, strict=True
-    ):
-        kind, why = suggestion
+    for pair, evidence, suggestion in zip(pairs, best.values(), suggestions, strict=True):
+        row, question = pair
+        suggested, why = suggestion
         line = describe_pair(
             row,
             question,
             cosine=evidence.cosine,
             view=evidence.view,
             detector=evidence.detector,
-            suggested=kind,
+            suggested=suggested,
             why=why,
         )
         described.append(line)
-    return sorted(described, key=lambda pair: (-pair["cosine"], pair["pair_id"]))
+    return sorted(described, key=lambda line: (-line["cosine"], line["pair_id"]))
 
 
 def describe_pair(
@@ -853,8 +840,7 @@ def describe_pair(
     why: str = "",
 ) -> Row:
     """Return a pair's line of pairs.jsonl."""
-    # Verdicts hang on this id, which holds the question's text as a NamedTuple writes it: every
-    # field of Question, in this order.
+    # Verdicts hang on this hash of all of Question's fields, as a NamedTuple prints them.
     key = f"{row['id']} {question}"
     benchmark, subject, _ = question.test_id.split("/")
     return {
@@ -929,7 +915,7 @@ def suggest(
     row_texts = []
     test_texts = []
     for row, question in pairs:
-        for row_text, test_text in compared_texts(row, question):
+        for row_text, test_text in texts_to_embed(row, question):
             row_texts.append(row_text)
             test_texts.append(test_text)
     products = embedder(row_texts) * embedder(test_texts)
@@ -941,11 +927,12 @@ def suggest(
         wording = max(question_cosine, stem_cosine)
         fact = max(fact_cosine, input_cosine)
         measured = Cosines(wording, fact, answer_cosine)
-        suggestions.append(classify(compare_texts(row, question, measured, rarity)))
+        comparison = compare_pair(row, question, cosines=measured, rarity=rarity)
+        suggestions.append(classify(comparison))
     return suggestions
 
 
-def compared_texts(row: Row, question: Question) -> list[tuple[str, str]]:
+def texts_to_embed(row: Row, question: Question) -> list[tuple[str, str]]:
     """Return the five pairs of texts, a row's and a test question's, whose cosines suggest() uses.
 
     They are the questions; the last line of the test question; the questions with their answers;
@@ -964,7 +951,7 @@ def compared_texts(row: Row, question: Question) -> list[tuple[str, str]]:
     ]
 
 
-def compare_texts(row: Row, question: Question, cosines: Cosines, rarity: Rarity) -> Comparison:
+def compare_pair(row: Row, question: Question, cosines: Cosines, rarity: Rarity) -> Comparison:
     """Compare a training and a test question by their words."""
     bare = bare_of(row)
     row_words = words_of(bare)
@@ -1026,7 +1013,7 @@ def short_answer(text: str, question: str = "") -> str:
 
     question: where the text of a choice is looked for that the answer names by its letter alone.
 
-    >>> short_answer("The answer is B: wood"), short_answer("So $x=\boxed{7}$."), short_answer("4")
+    >>> short_answer("The answer is B: wood"), short_answer("So $x=\\boxed{7}$."), short_answer("4")
     ('wood', '7', '4')
     """
     letter = LETTER.fullmatch(text.strip())
@@ -1248,7 +1235,7 @@ def apply(args: argparse.Namespace, started: float) -> str:
     """
     checked = read_checked(args.out)
     log = args.out / DECISIONS
-    # Before the log is read, so that a verdict of this moment counts as newer than apply.json.
+    # Before the log is read, so that a verdict given meanwhile counts as newer than apply.json.
     digest = sha256_of(log) if log.exists() else None
     decisions = read_decisions(log)
 
@@ -1277,7 +1264,7 @@ def apply(args: argparse.Namespace, started: float) -> str:
         tables=tables,
         counts={"clean": len(clean), "removed": len(removed), "undecided_pairs": len(undecided)},
     )
-    lines = [text, "", pairs_line(args.out, len(ids))]
+    lines = [text, "", pairs_line(args.out, len(checked.pairs))]
     lines.append(name_some("undecided pairs", undecided))
     lines.append(name_some("verdicts of former pairs", stale))
     wrote = f"wrote {outputs[0]}: {len(clean):,} of {len(checked.rows):,} rows."
@@ -1322,22 +1309,23 @@ def leak_tables(checked: Checked, decisions: dict[str, Row]) -> dict[str, list[R
         by_benchmark[f"{source} x {benchmark}"].append(pair)
         by_subject[f"{benchmark}/{pair['subject']}"].append(pair)
 
-    sources = leak_table("source", by_source, decisions, sizes)
+    sources = leak_table("source", by_source, decisions, sizes=sizes)
     for line in sources:
         line["paper"] = PAPER_LEAKS.get(line["source"], 0)
-    return {
-        "source": sources,
-        "source x benchmark": leak_table("source x benchmark", by_benchmark, decisions, {}),
-        "subject": leak_table("subject", by_subject, decisions, checked.test_questions),
-    }
+    benchmarks = leak_table("source x benchmark", by_benchmark, decisions)
+    subjects = leak_table("subject", by_subject, decisions, sizes=checked.test_questions)
+    return {"source": sources, "source x benchmark": benchmarks, "subject": subjects}
 
 
 def leak_table(
-    title: str, groups: dict[str, list[Row]], decisions: dict[str, Row], sizes: dict[str, int]
+    title: str,
+    groups: dict[str, list[Row]],
+    decisions: dict[str, Row],
+    sizes: dict[str, int] | None = None,
 ) -> list[Row]:
     """Return a line of counts for each group of pairs, by name.
 
-    sizes: how many rows or test questions a group has in all, the column "of"; {} for no column.
+    sizes: how many rows or test questions a group has in all, for the column "of".
     """
     lines = []
     for name in sorted(groups):
