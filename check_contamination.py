@@ -115,19 +115,18 @@ LETTER = re.compile(r"(?:the answer is:?\s*)?\(?([A-Z])(?:[:.)]\s*(.*))?", re.IG
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # how MATH marks an answer
 FINAL = re.compile(r"####\s*(.+)")  # and how GSM8K does
 
-# The words of a text; [^\W\d_] is a letter of any alphabet
+# The words of a text
+GLYPH = r"[^\W\d_]"  # a letter of any alphabet
 DASHES = str.maketrans("\u2212\u2013\u2014\u2019", "---'")  # minus, en and em dash; apostrophe
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?:\\!)?(?=\d{3}(?!\d))")  # 1,000 and 1{,}000
 FRAME = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}|&|(?s:\[asy\].*?\[/asy\])")  # and diagrams' code
 LAYOUT = re.compile(r"\\(?:left|right|displaystyle|math\w\w|text\w*|[ !,;:])(?![a-z])")
 FRACTION = re.compile(r"\\[dt]?frac\{(\w+)\}\{(\w+)\}")
-GREEK = re.compile(r"(?<![^\W\d_])[α-ω](?![^\W\d_])")  # one that stands alone, as in a formula
-HYPHEN = re.compile(
-    r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2})"
-)  # x-axis; not x-y
-THING = r"(?:[^\W\d_]+|\d+(?:\.\d+)?)(?:\s+[^\W\d_]+)*"  # some words, a number, a number of things
-GROUP = re.compile(rf"[({{\[]\s*({THING})\s*[)}}\]]")  # in brackets
-TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|_+|[^\w\s.,;:!?'\"$\\]")  # number, word, gap, symbol
+GREEK = re.compile(rf"(?<!{GLYPH})[α-ω](?!{GLYPH})")  # one that stands alone, as in a formula
+HYPHEN = re.compile(rf"(?<={GLYPH}{{2}})-(?={GLYPH})|(?<={GLYPH})-(?={GLYPH}{{2}})")  # not x-y
+THING = rf"(?:{GLYPH}+|\d+(?:\.\d+)?)(?:\s+{GLYPH}+)*"  # words, a number, a number of something
+GROUP = re.compile(rf"[({{\[]\s*({THING})\s*[)}}\]]")  # one thing in brackets
+TOKEN = re.compile(rf"\d+(?:\.\d+)?|{GLYPH}+|_+|[^\w\s.,;:!?'\"$\\]")  # number, word, gap, symbol
 NAME = re.compile(r"(?<=\w[\s,;])[A-Z][a-z]+")  # proper names: capitals within a sentence
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DIGITS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)}
@@ -244,6 +243,7 @@ def load_benchmark(name: str, local: Path | None, official: bool = False) -> lis
     """
     if local and (local / name).is_dir():
         return LOCAL[name](local / name, official)
+
     splits = load_hub_splits(name, local)
     _, _, shots_split, scored_split = HUB[name]
     shots = group_by_subject(name, splits[shots_split] if shots_split else [])
@@ -255,17 +255,19 @@ def load_benchmark(name: str, local: Path | None, official: bool = False) -> lis
 
 
 def load_hub_splits(name: str, local: Path | None) -> dict[str, Iterable[Row]]:
-    """Load a benchmark from the hub: {split: rows}. local: where it was looked for before."""
+    """Load a benchmark from the hub: {split: rows}. local: of --local, where it is not."""
     from datasets import load_dataset
 
     path, config, _, _ = HUB[name]
     try:
         return load_dataset(path, config)
     except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
-        fault = f"{hub_fault(path, error)}, or put its files in DIR/{name}/ and give --local DIR"
         if local:
             fault = f"{local / name} is no folder, and the hub's {path} cannot be loaded"
             fault = f"{fault}: {first_line(error)}"
+        else:
+            fault = hub_fault(path, error)
+            fault = f"{fault}, or put its files in DIR/{name}/ and give --local DIR"
         raise UserError(f"benchmark {name}: {fault}") from None
 
 
@@ -442,7 +444,7 @@ def load_questions(args: argparse.Namespace) -> list[Question]:
 
 
 def checked_questions(subject: Subject, limit: int | None) -> list[Question]:
-    """Return the first `limit` questions of a subject. Raises UserError for a bad row, and none."""
+    """Return the first `limit` questions of a subject. Raises UserError for a bad row, or none."""
     name = f"{subject.benchmark}/{subject.subject}"
     try:
         questions = questions_of(subject)[:limit]
@@ -506,7 +508,7 @@ def content_of(text: str) -> Content:
     for word in words_of(text):
         stem = word.removesuffix("s")[:5]
         word = DIGITS.get(word, stem)
-        if word[:1].isalnum():
+        if word[:1].isalnum():  # no symbol, no gap
             words.append(word)
     numbers = Counter(word for word in words if word[0].isdigit() and word not in EVERYWHERE)
     return Content(frozenset(words), numbers, frozenset(NAME.findall(text)))
@@ -516,13 +518,13 @@ class Rarity:
     """Weighs words by how few of `texts` have them: 1 for a word that is in one text only."""
 
     def __init__(self, texts: list[str]) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # how many texts have a word
         for text in texts:
             self.counts.update(content_of(text).words)
         self.total = len(texts)
 
     def of(self, words: frozenset[str]) -> float:
-        """Return the information in a set of words, in words that are in one text only."""
+        """Return the information in a set of words; one that is in one text only is the unit."""
         parts = [math.log((self.total + 1) / (self.counts[word] + 0.5)) for word in words]
         # fsum: a set has no order, and the last bit of a plain sum depends on it.
         return math.fsum(parts) / math.log(self.total + 2)
