@@ -18,6 +18,8 @@ Time: the paper took 5 hours for the 13B on one A100-80GB. Memory: the base (2 b
 not choose rows, tune whole matrices, or train on the prompt.
 """
 
+from __future__ import annotations
+
 import argparse
 import functools
 import hashlib
@@ -31,15 +33,15 @@ import shutil
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from common import (
+    DECISIONS,
     NF4,
     UNFINISHED,
     Row,
@@ -58,7 +60,10 @@ from common import (
     make_parser,
     next_command,
     positive,
+    printable,
+    read_json,
     read_jsonl,
+    read_object,
     refuse,
     run_main,
     sha256_of,
@@ -67,40 +72,54 @@ from common import (
     write_file,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for annotations alone; functions import what they need, so that --help is quick
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from rich.progress import Progress
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel as Model
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-RECIPES = {  # paper, table 3: beside the base, the two differ in the learning rate alone
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag of the recipe: `batch_size` becomes --batch-size."""
+
+    name: str
+    kind: Callable[[str], Any]  # reads the flag's text; bool makes --NAME and --no-NAME
+    value: Any  # without the flag
+    meaning: str
+    choices: tuple[str, ...] | None = None
+
+
+RECIPES = {  # paper, table 3: the two differ in the base and the learning rate alone
     "13b": {"base_model": "meta-llama/Llama-2-13b-hf", "learning_rate": 4e-4},
     "70b": {"base_model": "meta-llama/Llama-2-70b-hf", "learning_rate": 3e-4},
 }
-PAPER = {  # paper, table 3: flag -> (type, value, what it is)
-    "batch_size": (positive, 16, "examples of one optimizer step"),
-    "epochs": (positive, 1, "passes over the data"),
-    "warmup_steps": (int, 100, "of a linear rise; then half a cosine to 0"),
-    "weight_decay": (float, 0.0, "of AdamW"),
-    "cutoff": (positive, 4096, "tokens of an example; the end of a longer one is cut off"),
-    "targets": (str, "mlp", "mlp, attention, all, or names of linear layers: a,b"),
-    "lora_rank": (positive, 16, "columns of B and rows of A"),
-    "lora_alpha": (positive, 16, "the scale of B A is alpha / rank"),
-    "lora_dropout": (float, 0.05, "of the input of A"),
-}
-OURS = {  # what the paper does not speak of
-    "loss_norm": (
-        ("example", "token"),
-        "example",
-        "what weighs the same in a batch; 2023: example",
-    ),
-    "rslora": (bool, False, "the scale of B A is alpha / sqrt(rank)"),
-    "dora": (bool, False, "tune direction and magnitude of the weights apart"),
-    "load_in_4bit": (bool, False, "QLoRA: base in NF4, doubly quantised"),
-    "shard": (bool, False, "FSDP2, under torchrun: the 16-bit base is split over all GPUs"),
-    "val_set_size": (int, 0, "rows held out and scored at every checkpoint"),
-    "save_every": (positive, 50, "steps between checkpoints"),
-    "sample_every": (int, 0, "steps between answers to two of the prompts; 0: none"),
-}
-FREE = {"base_model", "save_every", "sample_every"}  # may change: the base's hash is held instead
+PAPER_SETTINGS = [  # paper, table 3
+    Setting("batch_size", positive, 16, "examples of one optimizer step"),
+    Setting("epochs", positive, 1, "passes over the data"),
+    Setting("warmup_steps", int, 100, "of a linear rise; then half a cosine to 0"),
+    Setting("weight_decay", float, 0.0, "of AdamW"),
+    Setting("cutoff", positive, 4096, "tokens of an example; the end of a longer one is cut off"),
+    Setting("targets", str, "mlp", "mlp, attention, all, or names of linear layers: a,b"),
+    Setting("lora_rank", positive, 16, "columns of B and rows of A"),
+    Setting("lora_alpha", positive, 16, "the scale of B A is alpha / rank"),
+    Setting("lora_dropout", float, 0.05, "of the input of A"),
+]
+OUR_SETTINGS = [  # not in the paper; its run weighed examples alike, as the Trainer of 2023 did
+    Setting("loss_norm", str, "example", "what weighs the same in a batch", ("example", "token")),
+    Setting("rslora", bool, False, "the scale of B A is alpha / sqrt(rank)"),
+    Setting("dora", bool, False, "tune direction and magnitude of the weights apart"),
+    Setting("load_in_4bit", bool, False, "QLoRA: base in NF4, doubly quantised"),
+    Setting("shard", bool, False, "FSDP2, under torchrun: the 16-bit base is split over all GPUs"),
+    Setting("val_set_size", int, 0, "rows held out and scored at every checkpoint"),
+    Setting("save_every", positive, 50, "steps between checkpoints"),
+    Setting("sample_every", int, 0, "steps between answers to two of the prompts; 0: none"),
+]
+# --resume lets these change. The base may have moved: its fingerprint is compared instead.
+FREE_SETTINGS = {"base_model", "save_every", "sample_every"}
+
 MAX_GRAD_NORM = 1.0  # the Trainer's default, which the published run left as it was
 CPU_ROW = 1024  # tokens of a packed row on a CPU, where longer ones gain nothing
 TARGETS = {
@@ -108,12 +127,126 @@ TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],  # the authors' first try
     "all": "all-linear",  # PEFT's name for every linear layer but the head
 }
-FEW = 0.001  # under 0.1 % trainable the MLP targets did not do better (paper, section 3.1)
-MEND = "write it with: python check_contamination.py"
-LOG = "train_log.jsonl"
-KEEP = 2  # checkpoints on disk: the newest, and the one to fall back on
-SAMPLES, SAMPLE_TOKENS = 2, 64  # prompts of a sample event, and the tokens written to each
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+SMALL_SHARE = 0.001  # trainable; below it the MLP targets did not do better (paper, section 3.1)
+MAKE_DATA = "write it with: python check_contamination.py"
+TRAIN_LOG = "train_log.jsonl"
+KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
+SAMPLES = 2  # prompts that a sample event answers
+SAMPLE_TOKENS = 64  # of an answer
+REPEATED_SIGNAL = 2.0  # seconds in which torchrun passes on a signal that has come by itself
+RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's number of processes, one a GPU
+
+
+def say(text: str) -> None:
+    """Print to stderr, from the first process only."""
+    if RANK == 0:
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the flags of this step; args.origin tells where each setting's value came from.
+
+    args.origin: {setting: "flag", "recipe 13b", "recipe 70b", "paper" or "default"}.
+    """
+    parser = make_parser(__doc__, "out/adapter")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+
+    add = parser.add_argument_group("data, model and machine").add_argument
+    data = Path("out/contamination/clean.jsonl")
+    add("--data", type=Path, default=data, metavar="FILE", help="default: %(default)s")
+    add("--base-model", metavar="MODEL", help="folder or hub id (default: the recipe's Llama-2)")
+    add("--recipe", choices=RECIPES, default="13b", help="default: %(default)s")
+    add("--learning-rate", type=float, metavar="LR", help="its peak; 13b: 4e-4, 70b: 3e-4")
+    text = "tokens of one forward pass (default: cutoff on a GPU, 1,024 on a CPU)"
+    add("--micro-batch-tokens", type=positive, metavar="N", help=text)
+    text = "default: with --shard, and where a row does not fit into a GPU without"
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help=text)
+    add_settings(parser, "paper", PAPER_SETTINGS)
+    add_settings(parser, "default", OUR_SETTINGS)
+
+    args = parser.parse_args(argv)
+    args.origin = {}
+    fill_in(args, f"recipe {args.recipe}", RECIPES[args.recipe])
+    fill_in(args, "paper", {setting.name: setting.value for setting in PAPER_SETTINGS})
+    fill_in(args, "default", {setting.name: setting.value for setting in OUR_SETTINGS})
+    if args.shard and args.gradient_checkpointing is None:
+        args.gradient_checkpointing = True  # a model that needs every GPU leaves little room
+    refuse(find_faults(args))
+    return args
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting: "batch_size" -> "--batch-size"."""
+    return "--" + name.replace("_", "-")
+
+
+def add_settings(parser: argparse.ArgumentParser, origin: str, settings: list[Setting]) -> None:
+    """Add a flag for each setting; its value is None where it is not given."""
+    add = parser.add_argument_group(f"settings ({origin})").add_argument
+    for setting in settings:
+        flag = flag_of(setting.name)
+        text = f"{setting.meaning} ({origin}: {setting.value})"
+        if setting.kind is bool:
+            add(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif setting.choices:
+            add(flag, choices=setting.choices, help=text)
+        else:
+            metavar = setting.name.rpartition("_")[2].upper()  # --batch-size SIZE
+            add(flag, type=setting.kind, metavar=metavar, help=text)
+
+
+def fill_in(args: argparse.Namespace, origin: str, values: dict[str, Any]) -> None:
+    """Set what no flag has set, and note in args.origin where each value came from."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+            args.origin[name] = origin
+        else:
+            args.origin[name] = "flag"
+
+
+def find_faults(args: argparse.Namespace) -> list[str]:
+    """List what makes these settings impossible."""
+    faults = []
+    for name in ("warmup_steps", "val_set_size", "sample_every"):
+        count = getattr(args, name)
+        if count < 0:
+            faults.append(f"{flag_of(name)} {count} is below 0")
+    if not 0 < args.learning_rate < math.inf:
+        faults.append(f"--learning-rate {args.learning_rate} is not above 0")
+    if not 0 <= args.weight_decay < math.inf:
+        faults.append(f"--weight-decay {args.weight_decay} is not 0 or above")
+    if not 0 <= args.lora_dropout < 1:
+        faults.append(f"--lora-dropout {args.lora_dropout} is not in [0, 1)")
+    if args.shard and args.load_in_4bit:
+        faults.append("--shard and --load-in-4bit exclude each other")
+    if args.shard and "RANK" not in os.environ:
+        faults.append("--shard needs torchrun (see --help)")
+    return faults
+
+
+def is_finished(args: argparse.Namespace) -> bool:
+    """Tell whether --resume has nothing left to do. Raises UserError where there is no folder."""
+    if not args.resume:
+        return False
+    if not args.out.is_dir():
+        raise UserError(f"--resume: {args.out} is missing; start without --resume")
+    return not (args.out / UNFINISHED).exists() and step_of(args.out) == "finetune"
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Refuse to begin again unasked where checkpoints would be lost, or in a folder not ours."""
+    mark = args.out / UNFINISHED
+    kept = checkpoints(args.out)
+    if mark.exists() and kept and not args.resume and not args.overwrite:
+        mend = "go on with --resume, or begin again with --overwrite"
+        began = mark.read_text().strip()
+        raise UserError(f"{args.out} holds {kept[0].name} of a run: {mend} (it was: {began})")
+    check_output(args.out, args.overwrite, args.data, Path(args.base_model))
+
+
+# --- rows -> packed examples ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -129,189 +262,126 @@ class Example:
 
     @property
     def supervised(self) -> int:
-        """Tokens that the loss sees: the answer and EOS."""
+        """Count the tokens that the loss sees: the answer and EOS."""
         return len(self) - self.start
 
 
-class Stop:
-    """Keeps the first SIGTERM or Ctrl-C for the end of the step; the second ends at once."""
-
-    signum, time, training = 0, 0.0, False
-
-    def __init__(self) -> None:
-        signal.signal(signal.SIGTERM, self.take)
-        signal.signal(signal.SIGINT, self.take)
-
-    def take(self, signum: int, _frame: object) -> None:
-        """The handler. Before the first step there is nothing to save, so it ends there too."""
-        if self.signum and "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() < self.time + 2:
-            return  # torchrun passes on the Ctrl-C that the terminal has sent already
-        if self.signum or not self.training:
-            cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""  # the bar had hidden it
-            os.write(2, cursor + b"interrupted: ended at once\n")
-            os._exit(128 + signum)
-        self.signum, self.time = signum, time.monotonic()
-        os.write(2, b"saving a checkpoint after this step; interrupt again to end at once\n")
+def count_tokens(examples: list[Example]) -> int:
+    """Count the tokens of some examples."""
+    return sum(len(example) for example in examples)
 
 
-@dataclass
-class Run:
-    """What the functions of a training run share."""
-
-    args: argparse.Namespace
-    stop: Stop
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    examples: list[Example]
-    held_out: list[Example]
-    settings: Row  # that --resume has to meet again
-    base: Row  # what base_fingerprint.json holds
-    sizes: dict[str, int]  # of model_sizes()
-    capacity: int  # tokens of a packed row
-    recompute: bool  # gradient checkpointing is on
-    steps: int
-    matrix_rate: float  # FLOP/s
-    began: float = 0.0  # time.monotonic() at step 0, as if never interrupted
-
-    def log(self, step: int, event: str | None = None, **fields: Any) -> None:
-        """Append a step, or an event, to train_log.jsonl; all have "step", the last one done.
-
-        start, resume: steps, processes, matrix_tflops. checkpoint: folder. validation:
-        validation_loss, validation_loss_token. sample: prompt, text. stop: why. end: seconds.
-        """
-        if RANK == 0:
-            line = ({"event": event} if event else {}) | {"step": step, **fields}
-            with (self.args.out / LOG).open("a", encoding="utf-8") as log:
-                print(json.dumps(line, ensure_ascii=False), file=log)
-
-
-def say(text: str) -> None:
-    """Print a line to stderr, from the first process only."""
-    if RANK == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of this step; args.origin says where the value of each setting came from."""
-    parser = make_parser(__doc__, "out/adapter")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    add = parser.add_argument_group("data, model and machine").add_argument
-    data = Path("out/contamination/clean.jsonl")
-    add("--data", type=Path, default=data, metavar="FILE", help="default: %(default)s")
-    add("--base-model", metavar="MODEL", help="folder or hub id (default: the recipe's Llama-2)")
-    add("--recipe", choices=RECIPES, default="13b", help="default: 13b")
-    add("--learning-rate", type=float, metavar="LR", help="its peak; 13b: 4e-4, 70b: 3e-4")
-    rows = "tokens of one forward pass (default: cutoff on a GPU, 1,024 on a CPU)"
-    add("--micro-batch-tokens", type=positive, metavar="N", help=rows)
-    on = {"action": argparse.BooleanOptionalAction}
-    when = "default: with --shard, and where a row does not fit into a GPU without"
-    add("--gradient-checkpointing", **on, help=when)
-    origins = {f"recipe {name}": recipe for name, recipe in RECIPES.items()}
-    for origin, settings in (("paper", PAPER), ("default", OURS)):
-        add = parser.add_argument_group(f"settings ({origin})").add_argument
-        for name, (kind, value, text) in settings.items():
-            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            how = on if kind is bool else how | {"metavar": name.split("_")[-1].upper()}
-            add(f"--{name.replace('_', '-')}", help=f"{text} ({origin}: {value})", **how)
-        origins[origin] = {name: value for name, (_, value, _) in settings.items()}
-    args, values = parser.parse_args(argv), {}
-    for origin in (f"recipe {args.recipe}", "paper", "default"):
-        values |= {name: (value, origin) for name, value in origins[origin].items()}
-    args.origin = {n: o if getattr(args, n) is None else "flag" for n, (_, o) in values.items()}
-    for name, (value, _) in values.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    if args.shard and args.gradient_checkpointing is None:
-        args.gradient_checkpointing = True  # a model that needs every GPU leaves little room
-    return check_settings(args)
-
-
-def check_settings(args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse impossible settings, all at once."""
-    rate, decay, dropout = args.learning_rate, args.weight_decay, args.lora_dropout
-    counts = {n: getattr(args, n) for n in ("warmup_steps", "val_set_size", "sample_every")}
-    wrong = {
-        f"--{n.replace('_', '-')} {count} is below 0": count < 0 for n, count in counts.items()
-    }
-    wrong |= {
-        f"--learning-rate {rate} is not above 0": not 0 < rate < math.inf,
-        f"--weight-decay {decay} is not 0 or above": not 0 <= decay < math.inf,
-        f"--lora-dropout {dropout} is not in [0, 1)": not 0 <= dropout < 1,
-        "--shard and --load-in-4bit exclude each other": args.shard and args.load_in_4bit,
-        "--shard needs torchrun (see --help)": args.shard and "RANK" not in os.environ,
-    }
-    refuse([message for message, found in wrong.items() if found])
-    return args
-
-
-# --- rows -> packed examples ----------------------------------------------------------------------
+def count_supervised(examples: list[Example]) -> int:
+    """Count the tokens of some examples that the loss sees."""
+    return sum(example.supervised for example in examples)
 
 
 def load_rows(args: argparse.Namespace) -> list[Row]:
-    """The training rows; says so when verdicts are newer than the clean set."""
-    fields = {"instruction": str, "output": str}
-    for record in ("run.json", "apply.json"):
-        check_listed(check_input(args.data, MEND), record)
-    rows = read_jsonl(args.data, fields)[: args.limit]
-    log, applied = (args.data.with_name(name) for name in ("decisions.jsonl", "apply.json"))
-    with suppress(OSError, ValueError, LookupError, TypeError):  # absent, or edited by hand
-        if sha256_of(log) != json.loads(applied.read_bytes())["decisions_sha256"]:
-            say(f"warning: {log} has newer verdicts than {args.data}; {MEND} apply")
+    """Read the training rows, the first args.limit of them.
+
+    Raises UserError for a file that is missing, unfinished, edited or empty, and for a bad row.
+    """
+    check_input(args.data, MAKE_DATA)
+    for record in ("run.json", "apply.json"):  # the step that wrote the file lists it in one
+        check_listed(args.data, record)
+    rows = read_jsonl(args.data, {"instruction": str, "output": str})[: args.limit]
+    warn_of_newer_verdicts(args.data)
+
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("input") or "", str) or not row["output"].strip():
+        has_bad_input = not isinstance(row.get("input") or "", str)
+        if has_bad_input or not row["output"].strip():
             raise UserError(f"{args.data}, row {number}: its output is empty or its input no text")
     if not rows:
         raise UserError(f"{args.data} has no rows")
     return rows
 
 
-def tokenise(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", cutoff: int) -> list[Example]:
-    """Prompt and answer tokenised together, EOS appended, cut at `cutoff` tokens from the end.
+def warn_of_newer_verdicts(data: Path) -> None:
+    """Say so where the log of verdicts is no longer the one that the clean set was made by."""
+    decisions = data.with_name(DECISIONS)
+    applied = read_object(data.with_name("apply.json")).get("decisions_sha256")
+    if applied and decisions.is_file() and sha256_of(decisions) != applied:
+        say(f"warning: {decisions} has newer verdicts than {data}; {MAKE_DATA} apply")
+
+
+def tokenise(rows: list[Row], tokenizer: Tokenizer, cutoff: int) -> list[Example]:
+    """Tokenise prompt and answer together, append EOS, and cut the end behind `cutoff` tokens.
 
     The prompt's tokens are those that it has on its own; the rest is supervised. Rows of which
     the cut leaves nothing supervised are left out.
     """
-    prompts = [alpaca_prompt(row["instruction"], row.get("input") or "") for row in rows]
-    texts = [prompt + row["output"] for prompt, row in zip(prompts, rows, strict=True)]
-    encoded = zip(rows, tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True)
-    examples, eos = [], tokenizer.eos_token_id
-    for number, (row, alone, ids) in enumerate(encoded, 1):
-        if ids[-1] == eos:  # some tokenizers append it themselves
-            alone, ids = alone[:-1], ids[:-1]
-        start = max(1, len(os.path.commonprefix([alone, ids])))  # nothing predicts the first token
-        ids = [*ids, eos][:cutoff]
-        if start < len(ids):
-            examples.append(Example(str(row.get("id", f"line {number}")), ids, start))
+    prompts = []
+    texts = []
+    for row in rows:
+        prompt = alpaca_prompt(row["instruction"], row.get("input") or "")
+        prompts.append(prompt)
+        texts.append(prompt + row["output"])
+    prompt_ids = tokenizer(prompts)["input_ids"]
+    text_ids = tokenizer(texts)["input_ids"]
+
+    examples = []
+    eos = tokenizer.eos_token_id
+    for index, row in enumerate(rows):
+        alone = prompt_ids[index]
+        together = text_ids[index]
+        if together[-1] == eos:  # some tokenizers append it themselves
+            alone = alone[:-1]
+            together = together[:-1]
+
+        # A token that holds characters of prompt and answer is supervised. The first token never
+        # is: nothing within the example predicts it.
+        shared = os.path.commonprefix([alone, together])  # it compares lists, too
+        start = max(1, len(shared))
+        input_ids = [*together, eos][:cutoff]
+        if start < len(input_ids):
+            row_id = str(row.get("id", f"line {index + 1}"))
+            examples.append(Example(row_id, input_ids, start))
     return examples
 
 
 def pack(examples: list[Example], tokens: int, multiple: int = 1) -> list[list[Example]]:
-    """Deal examples out to rows of at most `tokens` tokens, longest first, each to the emptiest.
+    """Put examples into rows of at most `tokens` tokens.
 
     None is split; one that is longer has a row of its own. The number of rows is the least
     `multiple` that will do; where there are fewer examples, some are empty.
     """
-    least = min(len(examples), math.ceil(sum(map(len, examples)) / tokens))
-    for count in itertools.count(math.ceil(least / multiple) * multiple, multiple):
-        rows, sizes = [[] for _ in range(count)], [0] * count
-        for example in sorted(examples, key=len, reverse=True):
-            index = sizes.index(min(sizes))
-            rows[index].append(example)
-            sizes[index] += len(example)
-        if all(size <= tokens or len(row) == 1 for row, size in zip(rows, sizes, strict=True)):
+    fewest = min(len(examples), math.ceil(count_tokens(examples) / tokens))
+    fewest = math.ceil(fewest / multiple) * multiple
+    for count in itertools.count(fewest, multiple):
+        rows = deal(examples, count)
+        if all(len(row) == 1 or count_tokens(row) <= tokens for row in rows):
             return rows
 
 
+def deal(examples: list[Example], count: int) -> list[list[Example]]:
+    """Deal examples out to `count` rows, longest first, each to the row with the fewest tokens."""
+    rows: list[list[Example]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for example in sorted(examples, key=len, reverse=True):
+        emptiest = sizes.index(min(sizes))
+        rows[emptiest].append(example)
+        sizes[emptiest] += len(example)
+    return rows
+
+
 def token_weights(row: list[Example], batch: list[Example], norm: str) -> list[float]:
-    """What one supervised token of each example of `row` weighs; over a batch they sum to 1."""
+    """Return what one supervised token of each example of `row` weighs; a batch's sum is 1.
+
+    >>> short, long = Example("a", [1, 5, 2], 2), Example("b", [1, 5, 6, 7, 2], 2)
+    >>> token_weights([short, long], [short, long], "token")
+    [0.25, 0.25]
+    >>> token_weights([short, long], [short, long], "example")
+    [0.5, 0.16666666666666666]
+    """
     if norm == "token":
-        return [1 / sum(example.supervised for example in batch)] * len(row)
+        return [1 / count_supervised(batch)] * len(row)
     return [1 / (len(batch) * example.supervised) for example in row]
 
 
 def batches(
     examples: list[Example], args: argparse.Namespace
 ) -> Iterator[tuple[float, list[Example]]]:
-    """Yield (epochs done by its end, examples of one step), each epoch in a new seeded order."""
+    """Yield (epochs done by its end, examples) of each step; the seed shuffles each epoch anew."""
     for epoch in range(args.epochs):
         order = random.Random(f"{args.seed} {epoch}").sample(examples, len(examples))
         for start in range(0, len(order), args.batch_size):
@@ -323,16 +393,17 @@ def batches(
 
 
 @functools.cache
-def compute_dtype(kind: str) -> "torch.dtype":
-    """bfloat16 on a GPU that has it in hardware, else float32; `kind` is the device's type."""
+def compute_dtype(kind: str) -> torch.dtype:
+    """Return bfloat16 for a GPU that has it in hardware, else float32; `kind` is "cuda", "cpu" …"""
     import torch
 
-    bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bf16 else torch.float32
+    if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
 
 
-def autocast(model: "PreTrainedModel") -> "torch.autocast":
-    """Matrix products in compute_dtype(); the adapter's own weights stay in float32."""
+def autocast(model: Model) -> torch.autocast:
+    """Return a context with matrix products in compute_dtype(); the adapter stays in float32."""
     import torch
 
     dtype = compute_dtype(model.device.type)
@@ -340,246 +411,413 @@ def autocast(model: "PreTrainedModel") -> "torch.autocast":
 
 
 def attend_by_example(
-    module: Any, q: Any, k: Any, v: Any, _mask: Any, lengths: Any = None, **options: Any
-) -> tuple["torch.Tensor", None]:
-    """Causal SDPA attention of each example of a packed row on its own, for transformers to call.
+    module: Any, q: Tensor, k: Tensor, v: Tensor, _mask: Any, lengths: Any = None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attend causally within each example of a packed row, by SDPA; transformers calls it.
 
-    q, k, v: [1, heads, tokens, head_dim]; lengths: tokens of each example. Returns [1, tokens,
-    heads, head_dim]. Exact, on every device, and without the cost of a dense mask.
+    q, k, v: [1, heads, tokens, head_dim]; lengths: tokens of each example, None for a row
+    of one. Returns [1, tokens, heads, head_dim]. Exact, on every device, and without the cost of a
+    dense mask.
     """
     import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as attend
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    parts = zip(*(x.split(lengths or x.shape[2], 2) for x in (q, k, v)), strict=True)
-    return torch.cat([attend(module, *part, None, **options)[0] for part in parts], 1), None
+    if lengths is None:
+        return sdpa_attention_forward(module, q, k, v, None, **options)
+    queries = q.split(lengths, dim=2)
+    keys = k.split(lengths, dim=2)
+    values = v.split(lengths, dim=2)
+    outputs = []
+    for query, key, value in zip(queries, keys, values, strict=True):
+        output, _ = sdpa_attention_forward(module, query, key, value, None, **options)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), None
 
 
-def set_attention(model: "PreTrainedModel", cutoff: int) -> None:
-    """Give the model attend_by_example() where its attention is plainly causal up to `cutoff`."""
+def set_attention(model: Model, cutoff: int) -> None:
+    """Give the model attend_by_example() where that is the attention it has up to `cutoff`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register("by_example", attend_by_example)
     AttentionMaskInterface.register("by_example", lambda *_, **__: None)
-    config = model.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    plain = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-    plain &= config._attn_implementation == "sdpa" and min(w or cutoff for w in windows) >= cutoff
-    if plain:
+    if is_plainly_causal(model.config.get_text_config(), cutoff):
         model.set_attn_implementation("by_example")
 
 
-def row_losses(model: "PreTrainedModel", row: list[Example]) -> "torch.Tensor":
-    """Summed cross-entropy of each example's supervised tokens, from one packed row: [examples].
+def is_plainly_causal(config: Any, cutoff: int) -> bool:
+    """Tell whether each of `cutoff` tokens attends to all before it, in every layer, by SDPA."""
+    if config._attn_implementation != "sdpa":
+        return False
+    layer_types = getattr(config, "layer_types", None) or []
+    if any(kind != "full_attention" for kind in layer_types):
+        return False
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if window and window < cutoff:
+            return False
+    return True
+
+
+def row_losses(model: Model, row: list[Example]) -> Tensor:
+    """Compute the summed cross-entropy of each example's supervised tokens, in nats: [examples].
 
     The row is block-diagonal because position_ids start again with each example and no attention
     mask is given; use_cache must be off for that. Only the positions that predict a supervised
-    token go through the head.
+    token go through the head: vocabularies are large.
     """
     import torch
 
-    ids, positions, predict, targets = [], [], [], []
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    predicting: list[int] = []  # positions whose logits predict the targets, one before each
+    targets: list[int] = []
     for example in row:
-        predict += range(len(ids) + example.start - 1, len(ids) + len(example) - 1)
+        begin = len(input_ids)
+        predicting += range(begin + example.start - 1, begin + len(example) - 1)
         targets += example.input_ids[example.start :]
-        positions += range(len(example))
-        ids += example.input_ids
-    to = functools.partial(torch.tensor, device=model.device)
-    given = {"input_ids": to([ids]), "logits_to_keep": to(predict), "use_cache": False}
+        position_ids += range(len(example))
+        input_ids += example.input_ids
+
+    as_tensor = functools.partial(torch.tensor, device=model.device)
+    given = {"input_ids": as_tensor([input_ids]), "logits_to_keep": as_tensor(predicting)}
     if len(row) > 1:
-        given["position_ids"] = to([positions])
+        given["position_ids"] = as_tensor([position_ids])
         if model.config._attn_implementation == "by_example":
-            given["lengths"] = [len(example) for example in row]
+            given["lengths"] = [len(example) for example in row]  # for attend_by_example()
     with autocast(model):
-        logits = model(**given).logits[0]
+        logits = model(**given, use_cache=False).logits[0]
+
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse
-    losses = torch.nn.functional.cross_entropy(logits, to(targets), reduction="none")
-    return torch.stack([part.sum() for part in losses.split([e.supervised for e in row])])
+    losses = torch.nn.functional.cross_entropy(logits, as_tensor(targets), reduction="none")
+    by_example = losses.split([example.supervised for example in row])
+    return torch.stack([part.sum() for part in by_example])
 
 
-def isolates(model: "PreTrainedModel", examples: list[Example]) -> bool:
-    """Whether a packed example's loss stays the same when its neighbour in the row changes."""
+def isolates(model: Model, examples: list[Example]) -> bool:
+    """Tell whether a packed example's loss stays the same when its neighbour in the row changes."""
     import torch
 
-    first, second = sorted(examples, key=len)[:2]
-    other = replace(first, input_ids=first.input_ids[::-1])
+    neighbour, example = sorted(examples, key=len)[:2]
+    reversed_neighbour = replace(neighbour, input_ids=neighbour.input_ids[::-1])
+    model.eval()
     with torch.no_grad():
-        losses = [row_losses(model.eval(), [e, second])[1] for e in (first, other)]
-    return torch.allclose(*losses, rtol=1e-6)  # equal shapes: without a leak, equal bits
+        loss = row_losses(model, [neighbour, example])[1]
+        other_loss = row_losses(model, [reversed_neighbour, example])[1]
+    return torch.allclose(loss, other_loss, rtol=1e-6)  # equal shapes: without a leak, equal bits
 
 
 # --- model and adapter ----------------------------------------------------------------------------
 
 
-def find_device(args: argparse.Namespace) -> "torch.device":
-    """This process's device; under torchrun it joins the others, by NCCL on GPUs, else by gloo."""
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the cost of a step follows from: a model's parameters by kind, and its attention."""
+
+    trainable: int
+    parameters: int  # all, the adapter's too
+    head: int  # the language model's: vocabulary x width
+    base: int  # what is frozen but embeddings and that head
+    attention: int  # no parameters: layers x width of all attention heads
+
+
+def set_up_device(name: str | None) -> torch.device:
+    """Return the named device, or the best there is; under torchrun, join the other processes.
+
+    There each process has its own GPU, and they speak by NCCL; on CPUs by gloo.
+    """
     import torch
 
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and "RANK" in os.environ:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    distributed = "RANK" in os.environ
+    if distributed and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(use_device(name))
     if device.index is not None:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if distributed:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
-def load_model(
-    args: argparse.Namespace, folder: Path, device: "torch.device"
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The base model with its fresh adapter, and its tokenizer."""
+def load_base(
+    args: argparse.Namespace, folder: Path, device: torch.device
+) -> tuple[Model, Tokenizer]:
+    """Load the base model, onto the device unless it is to be sharded, and its tokenizer.
+
+    Raises UserError, with the library's reason, where they cannot be loaded or do not fit.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     dtype = compute_dtype(device.type)
-    # what is to be sharded stays in the files' own type, mapped, until each process takes its part
-    options: Row = {"dtype": "auto" if args.shard else dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if args.shard:
+        options["dtype"] = "auto"  # the files' own: mapped until each process takes its part
     if args.load_in_4bit:
-        quantised = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
-        options |= {"quantization_config": quantised, "device_map": {"": device}}
-    load = functools.partial(AutoModelForCausalLM.from_pretrained, output_loading_info=True)
+        options["quantization_config"] = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
+        options["device_map"] = {"": device}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, about = load(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, **options
+        )
     except Exception as error:  # broken JSON, cut weights, an unknown architecture, no memory
         raise UserError(f"--base-model {args.base_model}: {first_line(error)}") from None
-    known, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
-    wrong = {  # of a folder without tokenizer files, LlamaTokenizer makes a 3-token vocabulary
-        "no usable tokenizer files": tokenizer.eos_token_id is None or known < 4,
-        f"its tokenizer has {known:,} tokens, its embeddings {rows:,}": known > rows,
-        f"its files lack weights: {sorted(about['missing_keys'])[:3]}": about["missing_keys"],
-    }
-    refuse(
-        [
-            message
-            for message, found in (
-                {f"--base-model {args.base_model}: {what}": found for what, found in wrong.items()}
-            ).items()
-            if found
-        ]
-    )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(f"--base-model {args.base_model}: its files lack weights: {missing[:3]}")
+    check_tokenizer(args.base_model, tokenizer, model)
+
+    model.config.use_cache = False
+    set_attention(model, args.cutoff)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights in an eval forward: later gradients are wrong
             module.support_avx512bf16_for_cpu = False
-    model.config.use_cache = False
-    set_attention(model, args.cutoff)
-    model = model if args.load_in_4bit or args.shard else model.to(device)
-    return add_adapter(model, args), tokenizer
+    if not args.load_in_4bit and not args.shard:
+        model.to(device)
+    return model, tokenizer
 
 
-def add_adapter(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrainedModel":
-    """Wrap the model in a LoRA adapter on args.targets; everything else is frozen."""
+def check_tokenizer(base_model: str, tokenizer: Tokenizer, model: Model) -> None:
+    """Refuse a tokenizer without EOS, or with tokens that the model has no embedding for."""
+    tokens = len(tokenizer)
+    embeddings = model.get_input_embeddings().num_embeddings
+    # Of a folder without tokenizer files, LlamaTokenizer makes a vocabulary of 3 tokens.
+    if tokenizer.eos_token_id is None or tokens < 4:
+        raise UserError(f"--base-model {base_model}: no usable tokenizer files")
+    if tokens > embeddings:
+        fault = f"its tokenizer has {tokens:,} tokens, its embeddings {embeddings:,}"
+        raise UserError(f"--base-model {base_model}: {fault}")
+
+
+def add_adapter(model: Model, args: argparse.Namespace) -> Model:
+    """Wrap the model in a fresh LoRA adapter on args.targets; everything else is frozen.
+
+    Raises UserError for targets that the model does not have.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
 
-    head, names = model.get_output_embeddings(), TARGETS.get(args.targets, args.targets.split(","))
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
-    linear = [f".{name}" for name, module in layers if module is not head]
-    wanted = [] if names == TARGETS["all"] else names
-    if unknown := [n for n in wanted if not any(name.endswith(f".{n}") for name in linear)]:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        fault = f"{', '.join(unknown)}: no linear layer of this model (the head is none to tune)"
-        raise UserError(f"--targets {args.targets}: {fault}; it has {there}")
-    shape = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "target_modules": names}
-    kind = {"use_rslora": args.rslora, "use_dora": args.dora, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model, LoraConfig(lora_dropout=args.lora_dropout, **shape, **kind))
+    if args.targets in TARGETS:
+        targets = TARGETS[args.targets]
+    else:
+        targets = args.targets.split(",")
+    if args.targets != "all":
+        check_targets(model, targets, args.targets)
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=targets,
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_rslora=args.rslora,
+        use_dora=args.dora,
+    )
+    model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
-        if "lora_A" in name:  # PEFT's own, but the same on every device and for every type of base
-            fresh = torch.nn.init.kaiming_uniform_(
-                torch.empty(parameter.shape, device="cpu"), 5**0.5
-            )
-            parameter.data = parameter.data.float().copy_(fresh)
+        if "lora_A" in name:  # drawn as PEFT does, but alike on every device, for any type of base
+            drawn = torch.empty(parameter.shape, device="cpu")
+            torch.nn.init.kaiming_uniform_(drawn, 5**0.5)
+            parameter.data = parameter.data.float().copy_(drawn)
     return model
 
 
-def shard(model: "PreTrainedModel", device: "torch.device") -> None:
+def check_targets(model: Model, targets: list[str], flag: str) -> None:
+    """Refuse targets that name no linear layer of the model, the head aside."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            layers.append(f".{name}")
+    unknown = []
+    for target in targets:
+        if not any(layer.endswith(f".{target}") for layer in layers):
+            unknown.append(target)
+    if unknown:
+        known = sorted({layer.rpartition(".")[2] for layer in layers})
+        fault = f"{', '.join(unknown)}: no linear layer of this model (the head is none to tune)"
+        raise UserError(f"--targets {flag}: {fault}; it has {', '.join(known)}")
+
+
+def trainable_parameters(model: Model) -> list[torch.nn.Parameter]:
+    """List the parameters that are tuned, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def shard_base(model: Model, device: torch.device) -> None:
     """Split the frozen base over the processes (FSDP2); the small adapter stays whole in each."""
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    adapter = {p for p in model.parameters() if p.requires_grad}
+    adapter = set(trainable_parameters(model))
     for parameter in adapter:
         parameter.data = parameter.data.to(device)
-    mesh = torch.distributed.init_device_mesh(device.type, (WORLD,))
-    policy, base = MixedPrecisionPolicy(compute_dtype(device.type)), model.get_base_model()
-    blocks = [m for m in base.modules() if type(m).__name__ in (base._no_split_modules or ())]
-    for module in [*blocks, base]:
+
+    # Each decoder block is gathered as one, and then what is left.
+    base = model.get_base_model()
+    blocks = base._no_split_modules or []
+    units = [module for module in base.modules() if type(module).__name__ in blocks]
+    units.append(base)
+    mesh = torch.distributed.init_device_mesh(device.type, (WORLD_SIZE,))
+    policy = MixedPrecisionPolicy(compute_dtype(device.type))
+    for module in units:
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=adapter)
 
 
-def model_sizes(model: "PreTrainedModel") -> dict[str, int]:
-    """Parameters by what they cost in a step; works on the meta device.
-
-    trainable; parameters (all, the adapter's too); head (vocabulary x width); base (what is frozen
-    but embeddings and head); attention (layers x width of all heads).
-    """
+def model_sizes(model: Model) -> ModelSizes:
+    """Count the parameters of a model with its adapter; works on the meta device."""
     trainable, parameters = model.get_nb_trainable_parameters()
-    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embeddings = model.get_input_embeddings().weight
+    lm_head = model.get_output_embeddings().weight
+    frozen = parameters - trainable - lm_head.numel()
+    if embeddings is not lm_head:
+        frozen -= embeddings.numel()
+
     config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    frozen = parameters - trainable - head.numel() - (inputs is not head) * inputs.numel()
-    attention = config.num_hidden_layers * config.num_attention_heads * width
-    sizes = {"trainable": trainable, "parameters": parameters, "head": head.numel()}
-    return sizes | {"base": frozen, "attention": attention}
+    head_dim = getattr(config, "head_dim", None)
+    if not head_dim:
+        head_dim = config.hidden_size // config.num_attention_heads
+    return ModelSizes(
+        trainable=trainable,
+        parameters=parameters,
+        head=lm_head.numel(),
+        base=frozen,
+        attention=config.num_hidden_layers * config.num_attention_heads * head_dim,
+    )
 
 
-def matrix_rate(device: "torch.device") -> float:
-    """FLOP/s of a large matrix product on this device, which MFU is a share of."""
+def measure_matrix_rate(device: torch.device) -> float:
+    """Measure the FLOP/s of a large matrix product on this device, which MFU is a share of."""
     import torch
 
     size = 8192 if device.type == "cuda" else 1024
-    square, seconds = torch.rand(size, size, device=device, dtype=compute_dtype(device.type)), []
+    square = torch.rand(size, size, device=device, dtype=compute_dtype(device.type))
+    seconds = []
     for _ in range(5):
-        start = time.perf_counter()
-        (square @ square)[0, 0].item()  # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
+        began = time.perf_counter()
+        product = square @ square
+        product[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
     return 2 * size**3 / min(seconds)
 
 
-def step_flops(batch: list[Example], sizes: dict[str, int]) -> float:
-    """Floating-point operations that a step needs; those of recomputation are not counted.
+def step_flops(batch: list[Example], sizes: ModelSizes) -> float:
+    """Count the floating-point operations that a step needs, without those of recomputation.
 
     A token costs 2 a parameter forward and 2 for the gradient of its input; 2 more for that of a
     weight, where it is tuned: 4 base + 6 trainable. The head sees supervised tokens only: 4 head.
     Causal attention over L tokens: 2 products forward and 4 backward, L²/2 x width x 2 each.
     """
-    cost, supervised = 4 * sizes["base"] + 6 * sizes["trainable"], sum(e.supervised for e in batch)
-    attention = 6 * sizes["attention"] * sum(len(e) ** 2 for e in batch)
-    return cost * sum(map(len, batch)) + 4 * sizes["head"] * supervised + attention
+    layers = (4 * sizes.base + 6 * sizes.trainable) * count_tokens(batch)
+    head = 4 * sizes.head * count_supervised(batch)
+    attention = 6 * sizes.attention * sum(len(example) ** 2 for example in batch)
+    return layers + head + attention
 
 
 # --- a run, ready ---------------------------------------------------------------------------------
 
 
-def prepare(args: argparse.Namespace, stop: Stop, data_sha256: str) -> tuple[Run, Row]:
-    """Load rows and model, print settings with their origins; the run, and counts for run.json."""
+class StopSignal:
+    """Keeps the first SIGTERM or Ctrl-C for the end of the step; the second ends at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0  # of the signal that has come; 0: none
+        self.time = 0.0  # when it came
+        self.training = False  # before the first step there is nothing to save
+
+    def install(self) -> None:
+        """Make this object the process's handler of both signals."""
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, signum: int, _frame: object) -> None:
+        """Note the signal, or end the process; only os.write() is safe to call here."""
+        repeated = self.signum != 0
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if repeated and under_torchrun and time.monotonic() < self.time + REPEATED_SIGNAL:
+            return  # torchrun passes on the Ctrl-C that the terminal has sent already
+        if repeated or not self.training:
+            if sys.stderr.isatty():
+                os.write(2, b"\x1b[?25h")  # the cursor, which the progress bar has hidden
+            os.write(2, b"interrupted: ended at once\n")
+            os._exit(128 + signum)
+        self.signum = signum
+        self.time = time.monotonic()
+        os.write(2, b"saving a checkpoint after this step; interrupt again to end at once\n")
+
+
+@dataclass
+class Run:
+    """What the functions of a training run share."""
+
+    args: argparse.Namespace
+    stop: StopSignal
+    model: Model
+    tokenizer: Tokenizer
+    examples: list[Example]  # to train on
+    held_out: list[Example]
+    settings: Row  # that --resume has to meet again
+    base_record: Row  # what base_fingerprint.json holds
+    counts: Row  # for run.json
+    sizes: ModelSizes
+    capacity: int  # tokens of a packed row
+    recompute: bool  # gradient checkpointing is on
+    steps: int  # of the whole run
+    matrix_rate: float  # FLOP/s
+    began: float = 0.0  # time.monotonic() at step 0, as if never interrupted
+
+    def log(self, step: int, event: str | None = None, **fields: Any) -> None:
+        """Append a step, or an event, to train_log.jsonl; all have "step", the last one done.
+
+        start, resume: steps, processes, matrix_tflops. checkpoint: folder. validation:
+        validation_loss, validation_loss_token. sample: prompt, text. stop: why. end: seconds.
+        """
+        if RANK > 0:
+            return
+        line: Row = {}
+        if event:
+            line["event"] = event
+        line["step"] = step
+        line.update(fields)
+        with (self.args.out / TRAIN_LOG).open("a", encoding="utf-8") as log:
+            print(json.dumps(line, ensure_ascii=False), file=log)
+
+
+def prepare_run(args: argparse.Namespace, stop: StopSignal, data_sha256: str) -> Run:
+    """Load rows and model, and settle all that the steps need; data_sha256: of the file of rows."""
     import torch
 
-    rows, device = load_rows(args), find_device(args)
+    rows = load_rows(args)
+    device = set_up_device(args.device)
     folder = fetch_model("--base-model", args.base_model)
     check_input(folder / "config.json", f"--base-model {args.base_model} is no model's folder")
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args, folder, device)
-    known = tokenise(rows, tokenizer, args.cutoff)
-    examples, held_out = hold_out(known, args)
-    sizes, rate = model_sizes(model), matrix_rate(device)
+    torch.manual_seed(args.seed)  # the adapter's A is random
+    base, tokenizer = load_base(args, folder, device)
+    model = add_adapter(base, args)
+    sizes = model_sizes(model)
+
+    tokenised = tokenise(rows, tokenizer, args.cutoff)
+    examples, held_out = hold_out(tokenised, args)
+    matrix_rate = measure_matrix_rate(device)
+    dtype = compute_dtype(device.type)
+    say(f"on {WORLD_SIZE} x {device}, {dtype}: {matrix_rate / 1e12:.3g} TFLOP/s")
     if args.shard:
-        shard(model, device)
-    say(f"on {WORLD} x {device}, {compute_dtype(device.type)}: {rate / 1e12:.3g} TFLOP/s")
-    capacity = row_capacity(args, model, known)
+        shard_base(model, device)
+    capacity = row_capacity(args, model, tokenised)
     if args.gradient_checkpointing:
         recompute_activations(model)
-    counts = report(args, known, sizes, len(rows), tokenizer.eos_token_id)
+
     fingerprint = base_fingerprint(folder)
-    settings = settings_to_meet_again(args, device.type, capacity)
-    settings |= {"data": data_sha256, "base": fingerprint}
-    base = {"base_model": args.base_model, "load_in_4bit": args.load_in_4bit, **fingerprint}
-    steps = math.ceil(len(examples) / args.batch_size) * args.epochs
-    if args.warmup_steps >= steps:
-        say(f"warning: {steps} steps, and the learning rate rises over {args.warmup_steps}")
-    run = Run(
+    settings = settings_to_meet_again(args, device, capacity)
+    settings["data"] = data_sha256
+    settings["base"] = fingerprint
+    base_record = {"base_model": args.base_model, "load_in_4bit": args.load_in_4bit}
+    return Run(
         args=args,
         stop=stop,
         model=model,
@@ -587,110 +825,151 @@ def prepare(args: argparse.Namespace, stop: Stop, data_sha256: str) -> tuple[Run
         examples=examples,
         held_out=held_out,
         settings=settings,
-        base=base,
+        base_record={**base_record, **fingerprint},
+        counts=count_rows(tokenised, len(rows), tokenizer.eos_token_id),
         sizes=sizes,
         capacity=capacity,
         recompute=bool(args.gradient_checkpointing),
-        steps=steps,
-        matrix_rate=rate,
+        steps=math.ceil(len(examples) / args.batch_size) * args.epochs,
+        matrix_rate=matrix_rate,
     )
-    return run, counts
 
 
-def hold_out(known: list[Example], args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """(examples to train on, examples held out), dealt by the seed. Raises UserError for none."""
+def hold_out(
+    examples: list[Example], args: argparse.Namespace
+) -> tuple[list[Example], list[Example]]:
+    """Deal the examples out by the seed: (to train on, held out). Refuses to train on none."""
     count = args.val_set_size
-    if len(known) <= count:
-        fault = f"{len(known)} rows with an answer within --cutoff {args.cutoff} tokens"
+    if len(examples) <= count:
+        fault = f"{len(examples)} rows with an answer within --cutoff {args.cutoff} tokens"
         raise UserError(f"{args.data} has {fault}, --val-set-size is {count}: nothing to train on")
-    order = random.Random(f"{args.seed} held out").sample(known, len(known))
+    order = random.Random(f"{args.seed} held out").sample(examples, len(examples))
     return order[count:], order[:count]
 
 
-def row_capacity(args: argparse.Namespace, model: "PreTrainedModel", known: list[Example]) -> int:
-    """Tokens of a packed row; 1 where the model would mix the examples of one."""
-    if len(known) > 1 and not isolates(model, known):
+def row_capacity(args: argparse.Namespace, model: Model, examples: list[Example]) -> int:
+    """Return the tokens of a packed row; 1 where the model would mix the examples of one."""
+    if len(examples) > 1 and not isolates(model, examples):
         say("warning: packed examples of this model would mix, so each has a row of its own")
         return 1
-    return args.micro_batch_tokens or (CPU_ROW if model.device.type == "cpu" else args.cutoff)
+    if args.micro_batch_tokens:
+        return args.micro_batch_tokens
+    if model.device.type == "cpu":
+        return CPU_ROW
+    return args.cutoff
 
 
-def settings_to_meet_again(args: argparse.Namespace, device: str, capacity: int) -> Row:
-    """The settings that --resume must not change: all but FREE."""
-    settings = {name: getattr(args, name) for name in args.origin if name not in FREE}
-    settings |= {"seed": args.seed, "limit": args.limit, "micro_batch_tokens": capacity}
-    return settings | {"device": device, "processes": WORLD}
-
-
-def recompute_activations(model: "PreTrainedModel") -> None:
+def recompute_activations(model: Model) -> None:
     """Turn gradient checkpointing on: activations are computed again backward, not kept."""
     from torch.utils.checkpoint import checkpoint
 
+    recompute = functools.partial(checkpoint, use_reentrant=False)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):  # transformers' switch, a layer at a time
             module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+            module._gradient_checkpointing_func = recompute
 
 
-def report(
-    args: argparse.Namespace, examples: list[Example], sizes: Row, rows: int, eos: int
-) -> Row:
-    """Print each setting with its origin, and what there is to train on; counts for run.json."""
-    for name, origin in args.origin.items():
-        say(f"{name:>14} {getattr(args, name)!s:<26} {origin}")
-    share = sizes["trainable"] / sizes["parameters"]
-    say(f"trainable: {sizes['trainable']:,} of {sizes['parameters']:,} parameters ({share:.4%})")
-    if share < FEW:
+def settings_to_meet_again(args: argparse.Namespace, device: torch.device, capacity: int) -> Row:
+    """Return the settings without which --resume would not end with the same adapter."""
+    settings = {name: getattr(args, name) for name in args.origin if name not in FREE_SETTINGS}
+    settings["seed"] = args.seed
+    settings["limit"] = args.limit
+    settings["micro_batch_tokens"] = capacity
+    settings["device"] = device.type
+    settings["processes"] = WORLD_SIZE
+    return settings
+
+
+def count_rows(examples: list[Example], rows: int, eos: int) -> Row:
+    """Count what became of the rows, for run.json; eos: the token that ends what was not cut."""
+    cut = [example for example in examples if example.input_ids[-1] != eos]
+    return {
+        "rows": rows,
+        "left_out": rows - len(examples),
+        "cut": len(cut),
+        "tokens": count_tokens(examples),
+        "supervised_tokens": count_supervised(examples),
+        "longest_row": max(len(example) for example in examples),
+    }
+
+
+def say_plan(run: Run) -> None:
+    """Print each setting with its origin, what is trained and on which rows."""
+    for name, origin in run.args.origin.items():
+        value = str(getattr(run.args, name))
+        say(f"{name:>14} {value:<26} {origin}")
+
+    sizes = run.sizes
+    share = sizes.trainable / sizes.parameters
+    say(f"trainable: {sizes.trainable:,} of {sizes.parameters:,} parameters ({share:.4%})")
+    if share < SMALL_SHARE:
         say("warning: under 0.1 % trainable; the paper found MLP targets worse there")
-    tokens, supervised = sum(map(len, examples)), sum(e.supervised for e in examples)
-    cut, longest = sum(e.input_ids[-1] != eos for e in examples), max(map(len, examples))
-    say(
-        f"rows: {rows:,}; {rows - len(examples):,} left out (no answer within the cutoff), "
-        f"{cut:,} cut at the end; longest: {longest:,} tokens\n"
-        f"tokens: {tokens:,}, {supervised / tokens:.1%} supervised"
-    )
-    counts = {"rows": rows, "left_out": rows - len(examples), "cut": cut, "tokens": tokens}
-    return counts | {"supervised_tokens": supervised, "longest_row": longest} | sizes
+
+    counts = run.counts
+    left_out = f"{counts['left_out']:,} left out (no answer within the cutoff)"
+    cut = f"{counts['cut']:,} cut at the end"
+    longest = f"longest: {counts['longest_row']:,} tokens"
+    say(f"rows: {counts['rows']:,}; {left_out}, {cut}; {longest}")
+    supervised = counts["supervised_tokens"] / counts["tokens"]
+    say(f"tokens: {counts['tokens']:,}, {supervised:.1%} supervised")
+    if run.args.warmup_steps >= run.steps:
+        rise = run.args.warmup_steps
+        say(f"warning: {run.steps} steps, and the learning rate rises over {rise}")
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
 def adapter_files(run: Run) -> dict[str, bytes]:
-    """Contents by file name: the adapter in PEFT's layout, and the fingerprint of its base."""
+    """Return {name: bytes}: the adapter in PEFT's layout, and the fingerprint of its base."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
 
     tuned = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     state = get_peft_model_state_dict(run.model, tuned, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
     config = run.model.peft_config["default"].to_dict()
-    config |= {"inference_mode": True, "base_model_name_or_path": run.args.base_model}
-    files = {"adapter_model.safetensors": save(tensors, {"format": "pt"})}
-    for name, about in {"adapter_config.json": config, "base_fingerprint.json": run.base}.items():
-        files[name] = json.dumps(about, indent=2, sort_keys=True, default=sorted).encode()
-    return files
+    config["inference_mode"] = True
+    config["base_model_name_or_path"] = run.args.base_model
+    as_json = functools.partial(json.dumps, indent=2, sort_keys=True, default=sorted)  # sets too
+    return {
+        "adapter_model.safetensors": save(tensors, {"format": "pt"}),
+        "adapter_config.json": as_json(config).encode(),
+        "base_fingerprint.json": as_json(run.base_record).encode(),
+    }
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints in an output folder, newest first."""
+    """List the checkpoints in an output folder, newest first."""
     return sorted((out / "checkpoints").glob("step-*"), reverse=True)
 
 
-def save_checkpoint(run: Run, optimizer: "torch.optim.Optimizer", step: int) -> None:
-    """Write what the steps after `step` need under a temporary name, then rename it.
+def checkpoint_files(run: Run, optimizer: Optimizer, step: int) -> dict[str, bytes]:
+    """Return {name: bytes} of what the steps after `step` need, and of an adapter folder of PEFT's.
 
-    The rate, the order of the rows and the dropout masks follow from the seed and the step. Every
-    checkpoint is an adapter folder of PEFT's, too.
+    The rate, the order of the rows and the dropout masks follow from the seed and the step.
     """
     from safetensors.torch import save
 
-    moments = optimizer.state_dict()["state"].items()
-    tensors = {f"{i}.{key}": value for i, state in moments for key, value in state.items()}
-    files = adapter_files(run) | {"optimizer.safetensors": save(tensors)}
-    state = {"step": step, "seconds": time.monotonic() - run.began, "settings": run.settings}
-    state["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    moments = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, tensor in state.items():
+            moments[f"{index}.{key}"] = tensor
+    files = adapter_files(run)
+    files["optimizer.safetensors"] = save(moments)
+
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    seconds = time.monotonic() - run.began
+    state = {"step": step, "seconds": seconds, "settings": run.settings, "sha256": hashes}
     files["state.json"] = json.dumps(state, indent=2).encode()
+    return files
+
+
+def save_checkpoint(run: Run, optimizer: Optimizer, step: int) -> None:
+    """Write a checkpoint under a temporary name, rename it, and remove all but the newest."""
+    files = checkpoint_files(run, optimizer, step)
     folder = run.args.out / "checkpoints" / f"step-{step:06d}"
     partial = folder.with_name(".partial")
     try:
@@ -704,58 +983,159 @@ def save_checkpoint(run: Run, optimizer: "torch.optim.Optimizer", step: int) -> 
         shutil.rmtree(partial, ignore_errors=True)
         fault = f"the checkpoint of step {step} could not be written ({error})"
         raise UserError(f"{fault}; make room and go on from the last one with --resume") from None
-    for old in checkpoints(run.args.out)[KEEP:]:
+
+    for old in checkpoints(run.args.out)[KEPT_CHECKPOINTS:]:
         shutil.rmtree(old)
     run.log(step, "checkpoint", folder=str(folder.relative_to(run.args.out)))
 
 
-def load_checkpoint(run: Run, optimizer: "torch.optim.Optimizer") -> int:
-    """Load the newest whole checkpoint, cut the log back to its step, and return that, or 0."""
+def is_whole(checkpoint: Path) -> bool:
+    """Tell whether each file of a checkpoint is the one that was written."""
+    hashes = read_object(checkpoint / "state.json").get("sha256")
+    if not isinstance(hashes, dict):
+        return False
+    for name, known in hashes.items():
+        path = checkpoint / name
+        if not path.is_file() or sha256_of(path) != known:
+            return False
+    return True
+
+
+def load_checkpoint(run: Run, optimizer: Optimizer) -> int:
+    """Load the newest whole checkpoint and cut the log back to its step; return that, or 0.
+
+    Raises UserError where a setting has changed since.
+    """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     for folder in checkpoints(run.args.out):
-        try:
-            state = json.loads((folder / "state.json").read_bytes())
-            whole = all(sha256_of(folder / n) == known for n, known in state["sha256"].items())
-        except (OSError, ValueError, LookupError, TypeError):
-            whole = False
-        if not whole:
+        if not is_whole(folder):
             say(f"{folder} is not whole: going back to the one before")
             continue
-        old, new = state["settings"], run.settings
-        if changed := [f"{n} was {old.get(n)}, is {new[n]}" for n in new if old.get(n) != new[n]]:
-            raise UserError(
-                f"--resume: {'; '.join(changed)}: set it back, or begin with --overwrite"
-            )
+        state = read_json(folder / "state.json")
+        check_unchanged(state["settings"], run.settings)
         set_peft_model_state_dict(run.model, load_file(folder / "adapter_model.safetensors"))
+
         moments: dict[int, Row] = {}
-        for name, value in load_file(folder / "optimizer.safetensors").items():
-            moments.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        for name, tensor in load_file(folder / "optimizer.safetensors").items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
         run.began -= state["seconds"]
-        cut_log(run.args.out / LOG, state["step"])
+        cut_log(run.args.out, state["step"])
         return state["step"]
     say(f"{run.args.out} has no whole checkpoint: starting at step 0")
-    cut_log(run.args.out / LOG, -1)
+    cut_log(run.args.out, step=-1)
     return 0
 
 
-def cut_log(path: Path, step: int) -> None:
+def check_unchanged(old: Row, new: Row) -> None:
+    """Refuse to go on with settings that are not those of the checkpoint."""
+    changes = []
+    for name, value in new.items():
+        if old.get(name) != value:
+            changes.append(f"{name} was {old.get(name)}, is {value}")
+    if changes:
+        mend = "set it back, or begin with --overwrite"
+        raise UserError(f"--resume: {'; '.join(changes)}: {mend}")
+
+
+def cut_log(out: Path, step: int) -> None:
     """Leave the log's lines up to a step; what a crash has half written goes as well."""
+    if RANK > 0:
+        return
+    path = out / TRAIN_LOG
     kept = b""
-    for line in path.read_bytes().splitlines() if RANK == 0 and path.exists() else ():
-        with suppress(ValueError, LookupError, TypeError):
-            kept += line + b"\n" if json.loads(line)["step"] <= step else b""
-    if RANK == 0:
-        write_file(path, kept)
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, LookupError, TypeError):  # half a line
+                if json.loads(line)["step"] <= step:
+                    kept += line + b"\n"
+    write_file(path, kept)
 
 
 # --- steps ----------------------------------------------------------------------------------------
 
 
-def run_row(run: Run, row: list[Example], weights: list[float]) -> "torch.Tensor":
-    """Forward of one row, and backward where gradients are on: [weighted loss, summed loss]."""
+@contextmanager
+def hold_output(args: argparse.Namespace) -> Iterator[None]:
+    """Hold the output folder for a block, in the first process, with nothing of a former run in it.
+
+    With --resume all stays: the run may have been stopped a moment after its run.json was written.
+    """
+    if RANK > 0:
+        yield
+        return
+    resume_flag = "" if args.resume else " --resume"
+    with claim_output(args.out, args.overwrite, keep_run=args.resume, resume_flag=resume_flag):
+        if not args.resume:
+            cut_log(args.out, step=-1)
+            for old in checkpoints(args.out):
+                shutil.rmtree(old)
+        yield
+
+
+def train(run: Run) -> None:
+    """Run the steps that are left; a signal ends the process after a checkpoint."""
+    import torch
+    from peft.helpers import disable_input_dtype_casting
+
+    run.model.train()
+    tuned = trainable_parameters(run.model)
+    decay = run.args.weight_decay
+    optimizer = torch.optim.AdamW(tuned, lr=run.args.learning_rate, weight_decay=decay)
+    run.began = time.monotonic()
+    done = 0
+    if run.args.resume:
+        done = load_checkpoint(run, optimizer)
+
+    for parameter in tuned:
+        parameter.grad = torch.zeros_like(parameter)  # to be summed where a process has no row, too
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(parameter.data, 0)
+
+    # Autocast chooses the types; PEFT would make a float32 copy of the input of each adapter.
+    with disable_input_dtype_casting(run.model):
+        try_fullest_row(run)
+        run.stop.training = True
+        event = "resume" if done else "start"
+        tera = round(run.matrix_rate / 1e12, 3)
+        run.log(done, event, steps=run.steps, processes=WORLD_SIZE, matrix_tflops=tera)
+        run_steps(run, optimizer, done)
+
+
+def try_fullest_row(run: Run) -> None:
+    """Run the fullest row of all first, so that memory runs out in the first minute or never.
+
+    Where it does not fit and nothing else was asked for, gradient checkpointing is turned on.
+    """
+    import torch
+
+    fullest: list[Example] = []
+    for _, batch in batches(run.examples, run.args):
+        for row in pack(batch, run.capacity, WORLD_SIZE):
+            if count_tokens(row) > count_tokens(fullest):
+                fullest = row
+
+    fault = f"a row of {count_tokens(fullest):,} tokens does not fit into memory"
+    while True:
+        try:
+            run_row(run, fullest, [1.0] * len(fullest))
+            return
+        except torch.OutOfMemoryError:
+            if run.recompute or run.args.gradient_checkpointing is False:
+                mend = "lower --cutoff or --micro-batch-tokens, or add --load-in-4bit or --shard"
+                raise UserError(f"{fault}: {mend}") from None
+        torch.cuda.empty_cache()  # not above, where the error still holds the row's tensors
+        say(f"{fault}: gradient checkpointing is on")
+        recompute_activations(run.model)
+        run.recompute = True
+
+
+def run_row(run: Run, row: list[Example], weights: list[float]) -> Tensor:
+    """Run a row forward, and backward where gradients are on: [weighted loss, summed loss]."""
     import torch
 
     losses = row_losses(run.model, row)
@@ -765,213 +1145,238 @@ def run_row(run: Run, row: list[Example], weights: list[float]) -> "torch.Tensor
     return torch.stack([loss, losses.sum()]).detach().float()
 
 
-def run_batch(run: Run, batch: list[Example]) -> tuple[float, float, bool]:
-    """(loss, mean loss of its tokens, whether to stop) of a batch, whose rows the processes share.
-
-    Where gradients are on, those of the whole batch are in .grad afterwards, in every process.
-    """
+def run_steps(run: Run, optimizer: Optimizer, done: int) -> None:
+    """Run the steps after the first `done`, with their log, validation, samples and checkpoints."""
     import torch
 
-    totals = torch.zeros(3, device=run.model.device)
-    totals[2] = bool(run.stop.signum)
-    for row in pack(batch, run.capacity, WORLD)[RANK::WORLD]:
-        if row:
-            totals[:2] += run_row(run, row, token_weights(row, batch, run.args.loss_norm))
-        elif run.args.shard:  # the others wait for its all-gathers: a row that weighs nothing
-            run_row(run, batch[:1], [0.0])
-    if torch.distributed.is_initialized():  # what DDP does, but once a step
-        tuned = (p.grad for p in run.model.parameters() if p.requires_grad)
-        for tensor in (totals, *(tuned if torch.is_grad_enabled() else ())):
-            torch.distributed.all_reduce(tensor)
-    loss, summed, stop = totals.tolist()
-    return loss, summed / sum(example.supervised for example in batch), stop > 0
+    args = run.args
+    bar = make_progress_bar(run.steps, done)
+    with bar:
+        for step, (epoch, batch) in enumerate(batches(run.examples, args), 1):
+            if step <= done:
+                continue
+            share = rate_share(step - 1, args.warmup_steps, run.steps)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * share
+            line, stop = optimizer_step(run, optimizer, step, batch)
+            run.log(step, epoch=round(epoch, 4), **line)
+            show_step(bar, step, run.steps, line)
+
+            run.model.eval()
+            with torch.no_grad(), autocast(run.model):
+                if run.held_out and is_due(run, step, args.save_every):
+                    validate(run, step)
+                if is_due(run, step, args.sample_every):
+                    write_samples(run, step)
+            run.model.train()
+            if RANK == 0 and (stop or is_due(run, step, args.save_every)):
+                save_checkpoint(run, optimizer, step)
+            if stop:
+                end_by_signal(run, step)
 
 
-def fit(run: Run) -> None:
-    """Run the fullest row of all first, so that memory runs out in the first minute or never.
+def make_progress_bar(steps: int, done: int) -> Progress:
+    """Make the bar that a terminal shows, of the first process; elsewhere it is disabled."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    Where it does not fit and nothing else was asked for, gradient checkpointing is turned on.
+    shown = RANK == 0 and sys.stderr.isatty()
+    text = TextColumn("{task.description}")
+    bar = Progress(BarColumn(), text, console=Console(stderr=True), disable=not shown)
+    bar.add_task("", total=steps, completed=done)
+    return bar
+
+
+def rate_share(step: int, warmup_steps: int, steps: int) -> float:
+    """Return the share of the learning rate's peak after `step` steps: a rise, then half a cosine.
+
+    >>> [rate_share(step, 2, 6) for step in range(7)]
+    [0.0, 0.5, 1.0, 0.8535533905932737, 0.5, 0.1464466094067262, 0.0]
     """
-    import torch
-
-    plan = (pack(batch, run.capacity, WORLD) for _, batch in batches(run.examples, run.args))
-    fullest = max(itertools.chain.from_iterable(plan), key=lambda row: sum(map(len, row)))
-    fault = f"a row of {sum(map(len, fullest)):,} tokens does not fit into memory"
-    while True:
-        try:
-            run_row(run, fullest, [1.0] * len(fullest))
-            return
-        except torch.OutOfMemoryError:
-            if run.recompute or run.args.gradient_checkpointing is False:
-                mend = "lower --cutoff or --micro-batch-tokens, or add --load-in-4bit or --shard"
-                raise UserError(f"{fault}: {mend}") from None
-        torch.cuda.empty_cache()
-        say(f"{fault}: gradient checkpointing is on")
-        recompute_activations(run.model)
-        run.recompute = True
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def optimizer_step(
-    run: Run, optimizer: "torch.optim.Optimizer", step: int, batch: list[Example]
+    run: Run, optimizer: Optimizer, step: int, batch: list[Example]
 ) -> tuple[Row, bool]:
-    """One step: its line for the log, and whether a signal has come in to any process."""
+    """Take one step; return its line for the log, and whether a signal has come to any process.
+
+    Raises UserError for a loss or gradient that is no number, before it reaches the weights.
+    """
     import torch
 
     # Masks of dropout follow from seed, step and process: no generator's state has to be saved.
-    torch.manual_seed(random.Random(f"{run.args.seed} {step} {RANK}").getrandbits(63))
-    start, group = time.monotonic(), optimizer.param_groups[0]
+    seed = random.Random(f"{run.args.seed} {step} {RANK}").getrandbits(63)
+    torch.manual_seed(seed)
+    group = optimizer.param_groups[0]
+    began = time.monotonic()
     optimizer.zero_grad(set_to_none=False)
     try:
         loss, loss_token, stop = run_batch(run, batch)
     except torch.OutOfMemoryError as error:
         fault = f"step {step} ran out of memory ({first_line(error)})"
         raise UserError(f"{fault}: go on with --resume --gradient-checkpointing") from None
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM).item()
-    if not math.isfinite(loss + norm):
+
+    grad_norm = torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM).item()
+    if not math.isfinite(loss + grad_norm):
         ids = ", ".join(example.row_id for example in batch)
-        why = f"step {step} has loss {loss} and gradient norm {norm}, from one of the rows {ids}"
-        run.log(step - 1, "stop", why=why)
-        raise UserError(f"{why}; look at them, or lower --learning-rate; checkpoints are whole")
+        fault = f"step {step} has loss {loss} and gradient norm {grad_norm}"
+        fault = f"{fault}, from one of the rows {ids}"
+        run.log(step - 1, "stop", why=fault)
+        raise UserError(f"{fault}; look at them, or lower --learning-rate; checkpoints are whole")
     optimizer.step()
-    now, tokens = time.monotonic(), sum(map(len, batch))
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    nvml = torch.cuda.is_available() and util.find_spec("pynvml")
-    flops = step_flops(batch, run.sizes) / (now - start)
-    return {
+
+    line = {
         "loss": loss,
         "loss_token": loss_token,
         "learning_rate": group["lr"],
-        "grad_norm": norm,
-        "tokens": tokens,
-        "supervised_tokens": sum(example.supervised for example in batch),
-        "tokens_per_second": round(tokens / (now - start), 1),
-        "mfu": round(flops / (WORLD * run.matrix_rate), 4),
-        "memory_gb": round((torch.cuda.max_memory_allocated() or used) / 1e9, 3),
-        "gpu_util": torch.cuda.utilization() if nvml else None,
-        "seconds": round(now - run.began, 3),
-        "eta_seconds": round((now - run.began) / step * (run.steps - step), 1),
-    }, stop
+        "grad_norm": grad_norm,
+    }
+    line.update(step_speed(run, step, batch, seconds=time.monotonic() - began))
+    return line, stop
 
 
-def look(run: Run, step: int) -> None:
-    """Score the rows held out, and answer SAMPLES prompts, where it is this step's turn."""
+def run_batch(run: Run, batch: list[Example]) -> tuple[float, float, bool]:
+    """Run a batch, whose rows the processes share: (loss, mean loss of its tokens, stop).
+
+    The first loss is weighed by --loss-norm; stop: a signal has come to one of the processes.
+    Where gradients are on, those of the whole batch are in .grad afterwards, in every process.
+    """
     import torch
 
-    args, model, turn = run.args, run.model.eval(), step == run.steps
-    with torch.no_grad(), autocast(model):
-        if run.held_out and (turn or step % args.save_every == 0):
-            loss, loss_token, _ = run_batch(run, run.held_out)
-            run.log(step, "validation", validation_loss=loss, validation_loss_token=loss_token)
-            say(f"step {step}: validation loss {loss:.4f}")
-        sampled = args.sample_every and (turn or step % args.sample_every == 0)
-        for example in (run.held_out or run.examples)[: SAMPLES if sampled else 0]:
-            ids = torch.tensor([example.input_ids[: example.start]], device=model.device)
-            options = {"max_new_tokens": SAMPLE_TOKENS, "do_sample": False, "use_cache": True}
-            options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-            written = model.generate(input_ids=ids, **options)[0, ids.shape[1] :]
-            prompt, text = run.tokenizer.decode(ids[0]), run.tokenizer.decode(written)
-            run.log(step, "sample", prompt=prompt, text=text)
-    model.train()
+    totals = torch.zeros(3, device=run.model.device)  # loss, summed loss, signals that have come
+    if run.stop.signum:
+        totals[2] = 1
+    rows = pack(batch, run.capacity, WORLD_SIZE)
+    for row in rows[RANK::WORLD_SIZE]:
+        if row:
+            weights = token_weights(row, batch, run.args.loss_norm)
+            totals[:2] += run_row(run, row, weights)
+        elif run.args.shard:  # the others wait for its all-gathers: a row that weighs nothing
+            run_row(run, batch[:1], [0.0])
+
+    if torch.distributed.is_initialized():  # what DDP does, but once a step
+        torch.distributed.all_reduce(totals)
+        if torch.is_grad_enabled():
+            for parameter in trainable_parameters(run.model):
+                torch.distributed.all_reduce(parameter.grad)
+    loss, summed_loss, signals = totals.tolist()
+    return loss, summed_loss / count_supervised(batch), signals > 0
 
 
-def leave(run: Run, step: int) -> NoReturn:
+def step_speed(run: Run, step: int, batch: list[Example], seconds: float) -> Row:
+    """Return what the log says of a step's size, pace and memory; seconds: what the step took."""
+    import torch
+
+    tokens = count_tokens(batch)
+    flops = step_flops(batch, run.sizes)
+    elapsed = time.monotonic() - run.began
+    bytes_used = torch.cuda.max_memory_allocated()  # 0 without a GPU: then the process's, in KiB
+    if not bytes_used:
+        bytes_used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gpu_util = None
+    if torch.cuda.is_available() and util.find_spec("pynvml"):
+        gpu_util = torch.cuda.utilization()  # percent of the last moment in which it worked
+    return {
+        "tokens": tokens,
+        "supervised_tokens": count_supervised(batch),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "mfu": round(flops / seconds / (WORLD_SIZE * run.matrix_rate), 4),
+        "memory_gb": round(bytes_used / 1e9, 3),
+        "gpu_util": gpu_util,
+        "seconds": round(elapsed, 3),
+        "eta_seconds": round(elapsed / step * (run.steps - step), 1),
+    }
+
+
+def show_step(bar: Progress, step: int, steps: int, line: Row) -> None:
+    """Show a step in the bar, or as a line of its own."""
+    pace = f"{line['tokens_per_second']:,.0f} tokens/s, {line['eta_seconds']:.0f} s to go"
+    text = f"step {step}/{steps} loss {line['loss']:.4f} {pace}"
+    if bar.disable:
+        say(text)
+    else:
+        bar.update(bar.task_ids[0], completed=step, description=text)
+
+
+def is_due(run: Run, step: int, every: int) -> bool:
+    """Tell whether it is the turn of what happens each `every` steps (0: never) and at the end."""
+    return every > 0 and (step % every == 0 or step == run.steps)
+
+
+def validate(run: Run, step: int) -> None:
+    """Compute the losses of the rows held out, for the log and the terminal."""
+    loss, loss_token, _ = run_batch(run, run.held_out)
+    run.log(step, "validation", validation_loss=loss, validation_loss_token=loss_token)
+    say(f"step {step}: validation loss {loss:.4f}")
+
+
+def write_samples(run: Run, step: int) -> None:
+    """Answer the first prompts, of rows held out where there are any, for the log."""
+    import torch
+
+    examples = run.held_out or run.examples
+    for example in examples[:SAMPLES]:
+        prompt_ids = torch.tensor([example.input_ids[: example.start]], device=run.model.device)
+        ids = run.model.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,  # asked for, though one prompt alone needs no padding
+        )
+        prompt = run.tokenizer.decode(prompt_ids[0])
+        text = run.tokenizer.decode(ids[0, prompt_ids.shape[1] :])
+        run.log(step, "sample", prompt=prompt, text=text)
+
+
+def end_by_signal(run: Run, step: int) -> NoReturn:
     """End the process as the signal asked, its checkpoint on disk."""
-    signum = signal.Signals(run.stop.signum or signal.SIGTERM)
+    signum = signal.Signals(run.stop.signum or signal.SIGTERM)  # it may be another process's
     run.log(step, "stop", why=signum.name)
-    again = command_line() + " --resume" * (not run.args.resume)
+    again = command_line()
+    if not run.args.resume:
+        again += " --resume"
     say(f"stopped by {signum.name} after step {step}; go on with --resume: {again}")
     sys.exit(128 + signum)
 
 
-def train(run: Run) -> None:
-    """Run the steps that are left; a signal ends the process after a checkpoint."""
-    import torch
-    from peft.helpers import disable_input_dtype_casting
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-    from transformers import get_cosine_schedule_with_warmup
-
-    args, model, terminal = run.args, run.model.train(), sys.stderr.isatty()
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(tuned, args.learning_rate, weight_decay=args.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, run.steps)
-    run.began = time.monotonic()
-    done = load_checkpoint(run, optimizer) if args.resume else 0
-    for parameter in tuned:
-        parameter.grad = torch.zeros_like(parameter)
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast(parameter.data, 0)
-    console, columns = Console(stderr=True), (BarColumn(), TextColumn("{task.description}"))
-    bar = Progress(*columns, console=console, disable=RANK > 0 or not terminal)
-    with disable_input_dtype_casting(model), bar:
-        fit(run)
-        run.stop.training = True
-        facts = {"processes": WORLD, "matrix_tflops": round(run.matrix_rate / 1e12, 3)}
-        run.log(done, "resume" if done else "start", steps=run.steps, **facts)
-        task = bar.add_task("", total=run.steps, completed=done)
-        for step, (epoch, batch) in enumerate(batches(run.examples, args), 1):
-            if step <= done:
-                continue
-            optimizer.param_groups[0]["lr"] = args.learning_rate * schedule.lr_lambdas[0](step - 1)
-            line, stop = optimizer_step(run, optimizer, step, batch)
-            run.log(step, epoch=round(epoch, 4), **line)
-            pace = f"{line['tokens_per_second']:,.0f} tokens/s, {line['eta_seconds']:.0f} s to go"
-            text = f"step {step}/{run.steps} loss {line['loss']:.4f} {pace}"
-            bar.update(task, completed=step, description=text) if terminal else say(text)
-            look(run, step)
-            if RANK == 0 and (stop or step % args.save_every == 0 or step == run.steps):
-                save_checkpoint(run, optimizer, step)
-            if stop:
-                leave(run, step)
-
-
-def write_outputs(run: Run, inputs: dict[str, Row], counts: Row, started: float) -> None:
-    """Write the adapter's files, the log's last line, and run.json."""
-    out, files = run.args.out, adapter_files(run)
-    for name, data in files.items():
-        write_file(out / name, data)
+def write_outputs(run: Run, inputs: dict[str, Row], started: float) -> None:
+    """Write the adapter's files, the log's last line, and run.json; from the first process only."""
+    if RANK > 0:
+        return
+    outputs = []
+    for name, data in adapter_files(run).items():
+        path = run.args.out / name
+        write_file(path, data)
+        outputs.append(path)
     run.log(run.steps, "end", seconds=round(time.monotonic() - run.began, 1))
-    outputs = [out / name for name in (*files, LOG)]
+    outputs.append(run.args.out / TRAIN_LOG)
+
+    counts = {**run.counts, **asdict(run.sizes), "steps": run.steps}
     finish_run(run.args, inputs=inputs, outputs=outputs, started=started, counts=counts)
-
-
-def is_finished(args: argparse.Namespace) -> bool:
-    """Whether --resume has nothing to do; refuses what would lose checkpoints."""
-    unfinished = (args.out / UNFINISHED).exists()
-    if args.resume and not args.out.is_dir():
-        raise UserError(f"--resume: {args.out} is missing; start without --resume")
-    if args.resume and not unfinished and step_of(args.out) == "finetune":
-        return True
-    if unfinished and checkpoints(args.out) and not (args.resume or args.overwrite):
-        fault = f"{args.out} holds {checkpoints(args.out)[0].name} of a run"
-        began = (args.out / UNFINISHED).read_text().strip()
-        mend = f"go on with --resume, or begin again with --overwrite (it was: {began})"
-        raise UserError(f"{fault}: {mend}")
-    check_output(args.out, args.overwrite, args.data, Path(args.base_model))
-    return False
 
 
 def main(argv: list[str] | None = None) -> None:
     """Rows -> tokens -> steps -> adapter."""
-    started, stop = time.monotonic(), Stop()
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT's calls
+    started = time.monotonic()
+    stop = StopSignal()
+    stop.install()
     args = parse_args(argv)
     if is_finished(args):
         print(f"{args.out} is finished already")
         return
-    inputs = describe_files([check_input(args.data, MEND)])
-    run, counts = prepare(args, stop, inputs[str(args.data)]["sha256"])
-    again = "" if args.resume else " --resume"
-    hold = functools.partial(claim_output, args.out, args.overwrite, args.resume, again)
-    with hold() if RANK == 0 else nullcontext():  # a run that ended a moment too late stays
-        if RANK == 0 and not args.resume:
-            cut_log(args.out / LOG, -1)
-            for old in checkpoints(args.out):
-                shutil.rmtree(old)
+    check_folder(args)
+
+    inputs = describe_files([check_input(args.data, MAKE_DATA)])
+    run = prepare_run(args, stop, data_sha256=inputs[str(args.data)]["sha256"])
+    say_plan(run)
+    with hold_output(args):
         train(run)
-        if RANK == 0:
-            counts["steps"] = run.steps
-            write_outputs(run, inputs, counts, started)
+        write_outputs(run, inputs, started)
     if RANK == 0:
         print(f"wrote {args.out}: {run.steps} steps. Next:")
         print(next_command(args.out))
