@@ -12,7 +12,8 @@ decisions.jsonl, each on disk before the next pair is drawn, and nothing else.
 Without a terminal it prints a summary and ends. --lineage walks from a result back to the rows,
 hashes every file again and says what is not as recorded. --demo shows recorded data in a temporary
 folder. It starts in a second, needs no GPU and no network, and does not load torch. It follows
-files on this machine: a run elsewhere is watched there, over SSH.
+files on this machine: a run elsewhere is watched there, over SSH. Of the other scripts it imports
+common.py alone.
 """
 
 import argparse
@@ -31,16 +32,20 @@ import re
 import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 
 from common import (
+    DECISIONS,
     LONGEST_SHOWN,
     UNFINISHED,
     VERDICTS,
@@ -48,6 +53,8 @@ from common import (
     Row,
     UserError,
     append_decision,
+    is_decision,
+    next_command,
     one_line,
     printable,
     read_object,
@@ -55,54 +62,93 @@ from common import (
     removed_ids,
     run_main,
     sha256_of,
+    step_of,
 )
 
-if TYPE_CHECKING:
-    from textual.app import App
+try:
+    from textual import events
+    from textual.app import App, ComposeResult, SystemCommand
+    from textual.binding import Binding
+    from textual.containers import Container, Horizontal, Vertical, VerticalScroll
+    from textual.content import Content
+    from textual.geometry import Region, Size
+    from textual.message import Message
+    from textual.reactive import reactive
+    from textual.screen import ModalScreen, Screen
+    from textual.scroll_view import ScrollView
+    from textual.strip import Strip
+    from textual.visual import Visual
+    from textual.widgets import ContentSwitcher, Footer, Input, OptionList, Static, Tab, Tabs
+    from textual_plotext import PlotextPlot
+except ModuleNotFoundError as error:  # run_main(), which says this of the steps, comes too late
+    print(f"error: no package {error.name} here: run source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
-KEYS = {  # key -> verdict and its meaning, in the order of the paper's classes
-    "d": ("duplicate", "The same question, perhaps a word changed or moved"),
-    "g": ("gray-area", "Not the same, but within general knowledge; for an expert to judge"),
-    "s": ("similar-but-different", "A small change that changes the answer"),
-    "n": ("not-a-leak", "A false alarm: the row stays in the clean set"),
-}
-LOOKS = {  # verdict -> letter, colour of the theme, filling of the bar, which tells without colour
-    "duplicate": ("d", "$text-error", "█"),
-    "gray-area": ("g", "$text-warning", "▓"),
-    "similar-but-different": ("s", "$text-primary", "▒"),
-    "not-a-leak": ("n", "$text-success", "░"),
-    None: ("·", "bold", " "),
-}
-DIM = "dim"
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: a lost connection
+Parts = list[tuple[str, str]]  # (text, style): what a pane shows and, joined, what a pipe gets
+Span = tuple[int, int]  # of characters: start, end
+
+RECORDED = Path(__file__).with_name("demo") / "recorded"
+PAIRS = "contamination/pairs.jsonl"
+TRAIN_LOG = "adapter/train_log.jsonl"
+RESULTS = "eval/results.json"
 RUNS = ("run.json", "apply.json")  # what a step's folder says of the files it read and wrote
-PAIRS, LOG = ("contamination", "pairs.jsonl"), ("adapter", "train_log.jsonl")
-SHORT = {"gray-area": "gray", "similar-but-different": "similar", "not-a-leak": "no leak"}
+STEPS = {  # usual folder -> script, in the order of the pipeline
+    "dataset": "build_dataset",
+    "contamination": "check_contamination",
+    "adapter": "finetune",
+    "merged": "merge",
+    "eval": "evaluate",
+}
+
+LOG_CHUNK = 1 << 19  # bytes of a log parsed at once, some 15 ms: keys are answered in between
+LOG_END = 1 << 16  # bytes at the end of a long log, from which the newest state is read first
+REMEMBERED = 99  # bytes before the offset in a log that tell whether it was written anew
+POLL = 0.5  # seconds between two looks at followed files
+POLL_STEPS = 3.0  # seconds between two looks at all steps' folders
+LARGEST = 1e15  # a number from here up counts as infinite: no figure of ours, and not to be drawn
 ALIGNED = 500  # words up to which common words are aligned too: beyond, it would take seconds
 WORD = re.compile(r"\w+|[^\w\s.,;:!?'\"$\\(){}\[\]]")  # what a reader takes for a word or symbol
-RECORDED = Path(__file__).with_name("demo") / "recorded"
-POLL, POLL_STEPS = 0.5, 3.0  # seconds between two looks at followed files, at all steps' folders
-CHUNK = 1 << 19  # bytes of a log parsed at once, some 15 ms: keys are answered in between
+
 POINTS = 500  # buckets of a long curve, at least: more than a wide screen has dots
 SMOOTHING = 0.95  # weight of the past in the smoothed loss: about the last 20 steps
 SPIKE = 6.0  # standard deviations above the smoothed loss, and half of it, make a spike
 WARM = 20  # steps before which no loss is called a spike
-STALL_SECONDS, STALL_STEPS = 60.0, 10  # the longer of the two without a line is a stall
-DISK_BYTES, DISK_SHARE = 2e9, 0.02  # free space below either is "nearly full"
+STALL_SECONDS = 60.0  # without a line; or STALL_STEPS, where they last longer: a stall
+STALL_STEPS = 10
+DISK_BYTES = 2e9  # free space below it, or below DISK_SHARE of the disk, is "nearly full"
+DISK_SHARE = 0.02
 CURVES = {  # metric -> title with its unit
     "loss": "loss, nats per token",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
 }
-STEPS = {  # folder -> script, and its inputs where they or the folder are not below out/
-    "dataset": ("build_dataset", ""),
-    "contamination": ("check_contamination", "--dataset {dataset}/dataset.jsonl "),
-    "adapter": ("finetune", "--data {contamination}/clean.jsonl "),
-    "merged": ("merge", "--adapter {adapter} "),
-    "eval": ("evaluate", "--model {base} --model {merged} "),
+
+
+class Look(NamedTuple):
+    """How a verdict is drawn; the filling of its bar tells it without colour."""
+
+    letter: str
+    colour: str
+    filling: str
+
+
+DIM = "dim"
+LOOKS: dict[str | None, Look] = {
+    "duplicate": Look("d", "$text-error", "█"),
+    "gray-area": Look("g", "$text-warning", "▓"),
+    "similar-but-different": Look("s", "$text-primary", "▒"),
+    "not-a-leak": Look("n", "$text-success", "░"),
+    None: Look("·", "bold", " "),
 }
-SIGNS = {  # status of a step -> sign and colour
+SHORT_NAMES = {"gray-area": "gray", "similar-but-different": "similar", "not-a-leak": "no leak"}
+KEYS = {  # key -> verdict and its meaning, in the order of the paper's classes
+    "d": ("duplicate", "The same question, perhaps a word changed or moved"),
+    "g": ("gray-area", "Not the same, but within general knowledge; for an expert to judge"),
+    "s": ("similar-but-different", "A small change that changes the answer"),
+    "n": ("not-a-leak", "A false alarm: the row stays in the clean set"),
+}
+STATUS_LOOKS = {  # status of a step -> sign and colour
     "finished": ("✓", "$text-success"),
     "running": ("▶", "$text-primary"),
     "unfinished": ("✗", "$text-error"),
@@ -110,340 +156,646 @@ SIGNS = {  # status of a step -> sign and colour
     "edited": ("!", "$text-error"),
     "not run": ("·", DIM),
 }
-Parts = list[tuple[str, str]]  # (text, style): what a pane shows and, joined, what a pipe gets
-NO_PAIRS: Parts = [("Run python check_contamination.py: no flagged pairs here", "bold")]
+NO_PAIRS = "Run python check_contamination.py: no flagged pairs here"
+NO_LOG = "Run python finetune.py: no training log here"
+NO_RESULTS = "Run python evaluate.py: no comparison here"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: a lost connection
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of the terminal UI."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=raw)
-    folder = "output folder of a pipeline or of one step (default: out)"
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("out"), help=folder)
-    who = "name in the verdicts (default: git's user.name, else $USER)"
-    parser.add_argument("--reviewer", metavar="NAME", help=who)
-    demo = "show recorded pairs, results and a training run; writes to a temporary folder only"
-    parser.add_argument("--demo", action="store_true", help=demo)
-    lineage = "walk from the folder back to the rows, hash every file again, exit 1 at a difference"
-    parser.add_argument("--lineage", action="store_true", help=lineage)
+    """Read the flags of the terminal UI; `folder` exists and `reviewer` is set."""
+    parser = Parser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    text = "output folder of a pipeline or of one step (default: out)"
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("out"), help=text)
+    text = "name in the verdicts (default: git's user.name, else $USER)"
+    parser.add_argument("--reviewer", metavar="NAME", help=text)
+    text = "show recorded pairs, results and a training run; writes to a temporary folder only"
+    parser.add_argument("--demo", action="store_true", help=text)
+    text = "walk from the folder back to the rows, hash every file again, exit 1 at a difference"
+    parser.add_argument("--lineage", action="store_true", help=text)
+
     args = parser.parse_args(argv)
     if args.demo:
         args.folder = RECORDED
     if not args.folder.is_dir():
-        what = "a file, not a folder" if args.folder.exists() else "not a folder"
-        mend = "name an output folder, run bash demo.sh, or look around: python tui.py --demo"
-        raise UserError(f"{args.folder} is {what}; {mend}")
-    if not args.reviewer:
-        with contextlib.suppress(OSError):  # no git
-            git = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True)
-            args.reviewer = git.stdout.strip()
-    args.reviewer = one_line(args.reviewer or getpass.getuser())
+        fault = "a file, not a folder" if args.folder.exists() else "not a folder"
+        advice = "name an output folder, run bash demo.sh, or look around: python tui.py --demo"
+        raise UserError(f"{args.folder} is {fault}; {advice}")
+    args.reviewer = one_line(args.reviewer or default_reviewer())
     return args
+
+
+def default_reviewer() -> str:
+    """Return git's user.name, else the name of the user."""
+    with contextlib.suppress(OSError):  # no git
+        command = ["git", "config", "user.name"]
+        name = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if name:
+            return name
+    return getpass.getuser()
 
 
 # --- text -----------------------------------------------------------------------------------------
 
 
+def text_of(parts: Parts) -> str:
+    """Return the text of parts, without their styles."""
+    return "".join(text for text, _ in parts)
+
+
 def number(value: Any) -> float | None:
-    """A JSON number as a float, None for everything else; from 1e15 up it counts as infinite."""
+    """Return a JSON number as a float, infinite from LARGEST up; None for everything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    if abs(value) >= 1e15:  # no figure of ours; charts cannot draw it
-        return math.inf if value > 0 else -math.inf
+    if value >= LARGEST:
+        return math.inf
+    if value <= -LARGEST:
+        return -math.inf
     return float(value)
 
 
+def finite(value: Any) -> float | None:
+    """Return a JSON number as a float; None for NaN, infinity and everything else."""
+    known = number(value)
+    if known is None or not math.isfinite(known):
+        return None
+    return known
+
+
 def short(value: float | None, form: str = ".3g") -> str:
-    """A number for a narrow place, a dash for none: 1234567.0 is '1,234,567'."""
+    """Write a number for a narrow place, a dash for none.
+
+    >>> short(1234567.0), short(0.00012345), short(0.4567, ".1%"), short(None)
+    ('1,234,567', '0.000123', '45.7%', '–')
+    """
     if value is None:
         return "–"
-    return f"{value:,.0f}" if form[-1] == "g" and 1000 <= abs(value) < 1e15 else f"{value:{form}}"
+    if form.endswith("g") and 1000 <= abs(value) < LARGEST:
+        return f"{value:,.0f}"
+    return f"{value:{form}}"
 
 
 def clock(seconds: float | None) -> str:
-    """Seconds as h:mm:ss: 3725.2 is '1:02:05'."""
-    known = seconds is not None and math.isfinite(seconds)
-    return str(datetime.timedelta(seconds=round(min(seconds, 1e9)))) if known else "–"
+    """Write seconds as h:mm:ss.
+
+    >>> clock(3725.2)
+    '1:02:05'
+    """
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    whole = round(min(seconds, 1e9))  # 30 years
+    return str(datetime.timedelta(seconds=whole))
 
 
-def differing(a: str, b: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(start, end) of the words without a counterpart in `a`, and in `b`; case does not count.
+def differing(a: str, b: str) -> tuple[list[Span], list[Span]]:
+    """Return where words without a counterpart stand, in `a` and in `b`; case does not count.
 
     >>> differing("Rotate about the x axis.", "rotate about the y axis")
     ([(17, 18)], [(17, 18)])
     """
-    sides = [list(WORD.finditer(text)) for text in (a, b)]
-    words = [[match.group().lower() for match in side] for side in sides]
-    matcher = difflib.SequenceMatcher(None, *words, max(map(len, words)) > ALIGNED)
-    spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-    for tag, *ends in matcher.get_opcodes():
-        for side, start, end in ((0, *ends[:2]), (1, *ends[2:])):
-            if tag != "equal" and start < end:
-                spans[side].append((sides[side][start].start(), sides[side][end - 1].end()))
-    return spans
+    words_a = list(WORD.finditer(a))
+    words_b = list(WORD.finditer(b))
+    lower_a = [word.group().lower() for word in words_a]
+    lower_b = [word.group().lower() for word in words_b]
+    is_long = max(len(words_a), len(words_b)) > ALIGNED
+    matcher = difflib.SequenceMatcher(None, lower_a, lower_b, autojunk=is_long)
+
+    spans_a: list[Span] = []
+    spans_b: list[Span] = []
+    for tag, start_a, end_a, start_b, end_b in matcher.get_opcodes():
+        if tag == "equal":
+            continue
+        if start_a < end_a:
+            spans_a.append((words_a[start_a].start(), words_a[end_a - 1].end()))
+        if start_b < end_b:
+            spans_b.append((words_b[start_b].start(), words_b[end_b - 1].end()))
+    return spans_a, spans_b
 
 
-def marked(text: str, spans: list[tuple[int, int]], plain: bool) -> Parts:
-    """A text with its spans in bold and underlined; `plain`, for no colour: in brackets as well."""
-    parts, last = [], 0
+def mark_spans(text: str, spans: list[Span], plain: bool) -> Parts:
+    """Set spans of a text in bold and underlined; `plain`, for no colour: in brackets as well."""
+    parts = []
+    done = 0
     for start, end in spans:
-        shown = f"⟦{text[start:end]}⟧" if plain else text[start:end]
-        parts += [(text[last:start], ""), (shown, "bold underline $text-warning")]
-        last = end
-    return [*parts, (text[last:], "")]
+        parts.append((text[done:start], ""))
+        marked = text[start:end]
+        if plain:
+            marked = f"⟦{marked}⟧"
+        parts.append((marked, "bold underline $text-warning"))
+        done = end
+    parts.append((text[done:], ""))
+    return parts
+
+
+def name_three(names: list[str]) -> str:
+    """Name the first three, and how many more there are.
+
+    >>> name_three(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    text = ", ".join(one_line(name) for name in names[:3])
+    if len(names) > 3:
+        text += f" and {len(names) - 3} more"
+    return text
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def find(folder: Path, step: str, name: str) -> Path:
-    """A step's file, or its place; `folder` is the pipeline's or the step's own."""
-    usual = [path for path in (folder / name, folder / step / name) if path.exists()]
-    others = sorted(folder.glob(f"*/{name}"), key=lambda path: -path.stat().st_mtime)
-    return [*usual, *others, folder / step / name][0]
+def find_file(folder: Path, usual: str) -> Path:
+    """Return where a step's file lies, or would; `folder` is the pipeline's or the step's own.
+
+    usual: the file below a pipeline's folder, as "eval/results.json". Where the step's folder has
+    another name, it is the one whose file was written last.
+    """
+    name = Path(usual).name
+    for path in (folder / name, folder / usual):
+        if path.exists():
+            return path
+    others = folder.glob(f"*/{name}")
+    return max(others, key=lambda path: path.stat().st_mtime, default=folder / usual)
 
 
-def file_state(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file is written to or replaced, size first; () for no file."""
+class Stamp(NamedTuple):
+    """What changes when a file is written to or replaced."""
+
+    size: int = 0
+    modified: int = 0  # ns since 1970
+    inode: int = 0
+
+
+NO_FILE = Stamp()
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Return a file's stamp, or NO_FILE."""
     with contextlib.suppress(FileNotFoundError):
-        now = path.stat()
-        return now.st_size, now.st_mtime_ns, now.st_ino
-    return ()
+        found = path.stat()
+        return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
+    return NO_FILE
+
+
+def parse_lines(data: bytes) -> tuple[list[Row], int]:
+    """Read whole lines of JSONL: (the objects, how many lines are none)."""
+    rows = []
+    bad = 0
+    for line in data.split(b"\n"):
+        if not line.strip():
+            continue
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad += 1
+    return rows, bad
 
 
 class Tail:
-    """The objects on the lines that a JSONL file has got since the last look.
+    """Follows a JSONL file: each read() returns the objects on lines that are new.
 
     The file may be absent, cut, replaced or rewritten in place: `restarted` is then True and it is
     read from its start. A line without its end is left for later; what is no object is `bad`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.bad = path, 0
-        self.restarted = self.more = False  # more: the next look will find lines too
-        self.offset, self.before = 0, b""  # bytes read; the last of them, which must still be there
-        self.seen: tuple[int, ...] | None = None  # the file's state when all of it was read
+        self.path = path
+        self.offset = 0  # bytes read
+        self.before = b""  # the last of them, which must still be there
+        self.bad = 0  # lines
+        self.seen: Stamp | None = None  # of the file when all of it was read
+        self.restarted = False  # by the last read()
+        self.more = False  # the last read() found lines, so the next may too
 
-    def read(self, limit: int = CHUNK) -> list[Row]:
-        """The next lines, about `limit` bytes of them. Raises OSError where it is unreadable."""
-        self.restarted = self.more = False
-        state, data = file_state(self.path), b""
-        if state == self.seen:
+    def read(self, limit: int = LOG_CHUNK) -> list[Row]:
+        """Return the next objects, from about `limit` bytes. Raises OSError."""
+        self.restarted = False
+        self.more = False
+        stamp = stamp_of(self.path)
+        if stamp == self.seen:
             return []
+        if stamp == NO_FILE and self.offset:
+            self.restart()
+
+        data = self.read_bytes(limit)
+        whole = data[: data.rfind(b"\n") + 1]
+        rows, bad = parse_lines(whole)
+        self.offset += len(whole)
+        self.before = (self.before + whole)[-REMEMBERED:]
+        self.bad += bad
+        self.more = bool(whole)
+        self.seen = None if whole else stamp
+        return rows
+
+    def read_bytes(self, limit: int) -> bytes:
+        """Return about `limit` bytes from the offset on: a whole line, if there is one."""
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(self.offset - len(self.before))
-            if file.read(len(self.before)) != self.before:
+            if file.read(len(self.before)) != self.before:  # cut, replaced or rewritten
                 self.restart()
                 file.seek(0)
             data = file.read(limit)
-            while data and b"\n" not in data and (more := file.read(len(data))):
-                data += more  # a line longer than the limit
-        if not state and self.offset:
-            self.restart()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.offset, self.before = self.offset + len(whole), (self.before + whole)[-99:]
-        self.more, self.seen = bool(whole), None if whole else state
-        return list(self.parse(whole))
+            while b"\n" not in data:  # a line longer than the limit, or the end
+                more = file.read(len(data))
+                if not more:
+                    break
+                data += more
+            return data
+        return b""
+
+    def read_all(self) -> Iterator[Row]:
+        """Yield the objects up to the end that the file has now."""
+        yield from self.read()
+        while self.more:
+            yield from self.read()
 
     def restart(self) -> None:
-        """Begin anew."""
-        self.__init__(self.path)
+        """Begin again at the start of the file."""
+        self.offset = 0
+        self.before = b""
+        self.bad = 0
         self.restarted = True
-
-    def parse(self, data: bytes) -> Iterator[Row]:
-        """The objects among whole lines."""
-        for line in filter(bytes.strip, data.split(b"\n")):
-            row = None
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-            self.bad += not isinstance(row, dict)
-            yield from [row] * isinstance(row, dict)
 
 
 # --- review ---------------------------------------------------------------------------------------
 
-TEXTS = ("pair_id", "train_id", "source", "benchmark", "subject", "test_id", "view", "detector")
-TEXTS += ("train_question", "train_answer", "test_question", "test_answer", "suggested", "why")
+TEXTS = (
+    "pair_id",
+    "train_id",
+    "source",
+    "benchmark",
+    "subject",
+    "test_id",
+    "view",
+    "detector",
+    "train_question",
+    "train_answer",
+    "test_question",
+    "test_answer",
+    "suggested",
+    "why",
+)
+LETTERS = string.ascii_uppercase  # of the choices
 FACETS = ("source", "benchmark", "subject", "class", "suggested")  # what a filter can name
-Test = Callable[[Row, str | None], Any]  # of a pair and the verdict on it
-ORDERS: dict[str, Test] = {
-    "undecided first": lambda pair, verdict: (verdict is not None, -pair["cosine"]),
-    "cosine, high to low": lambda pair, verdict: -pair["cosine"],
-    "cosine, low to high": lambda pair, verdict: pair["cosine"],
-    "source": lambda pair, verdict: (pair["source"], -pair["cosine"]),
-    "benchmark": lambda pair, verdict: (pair["benchmark"], pair["subject"], -pair["cosine"]),
-    "class": lambda pair, verdict: (verdict or "", -pair["cosine"]),
-    "suggestion": lambda pair, verdict: (pair["suggested"], -pair["cosine"]),
+ORDERS = {  # name -> what pairs are sorted by: fields of pair_order()
+    "undecided first": ("decided", "falling cosine"),
+    "cosine, high to low": ("falling cosine",),
+    "cosine, low to high": ("cosine",),
+    "source": ("source", "falling cosine"),
+    "benchmark": ("benchmark", "subject", "falling cosine"),
+    "class": ("class", "falling cosine"),
+    "suggestion": ("suggested", "falling cosine"),
 }
 
 
 def load_pairs(path: Path) -> tuple[list[Row], list[str]]:
-    """The flagged pairs, fields checked, and the places that could not be read. Raises OSError."""
-    pairs, bad = [], []
-    for place, row, _ in read_records(path) if path.exists() else ():
-        if not isinstance(row, dict) or not isinstance(row.get("pair_id"), str):
+    """Read (the flagged pairs, the places that hold none); no file has none. Raises OSError."""
+    pairs = []
+    bad = []
+    if not path.exists():
+        return pairs, bad
+    for place, row, _ in read_records(path):
+        if isinstance(row, dict) and isinstance(row.get("pair_id"), str):
+            pairs.append(clean_pair(row))
+        else:
             bad.append(place)
-            continue
-        pair: Row = {k: row[k] if isinstance(row.get(k), str) else "" for k in TEXTS}
-        choices, cosine = row.get("test_choices"), number(row.get("cosine"))
-        pair["choices"] = choices if isinstance(choices, list) else []
-        pair["cosine"] = cosine if cosine is not None and math.isfinite(cosine) else 0.0
-        pair["search"] = "\n".join([*(pair[k] for k in TEXTS), *map(str, pair["choices"])]).lower()
-        pairs.append(pair)
     return pairs, bad
+
+
+def clean_pair(row: Row) -> Row:
+    """Return a line of pairs.jsonl with every field as its type; `search` is all of its text."""
+    pair: Row = {}
+    for name in TEXTS:
+        value = row.get(name)
+        pair[name] = value if isinstance(value, str) else ""
+    texts = list(pair.values())
+
+    choices = row.get("test_choices")
+    pair["choices"] = choices if isinstance(choices, list) else []
+    pair["cosine"] = finite(row.get("cosine")) or 0.0
+    texts += map(str, pair["choices"])
+    pair["search"] = "\n".join(texts).lower()
+    return pair
+
+
+def unreadable_text(places: list[str]) -> str:
+    """Say how many lines could not be read, and where the first are."""
+    return f"{len(places):,} unreadable lines: {', '.join(places[:3])}"
 
 
 class Verdicts:
     """The decision log as it stands on the disk, other reviewers' lines included."""
 
     def __init__(self, path: Path, reviewer: str) -> None:
-        self.tail, self.path, self.reviewer = Tail(path), path, reviewer
+        self.path = path
+        self.reviewer = reviewer
+        self.tail = Tail(path)
         self.last: dict[str, Row] = {}  # pair_id -> its last line
-        self.done: list[dict[str, Row]] = []  # each write() of this session: what stood before it
 
     def poll(self) -> bool:
-        """Read what is new; whether there was anything. Raises OSError."""
-        rows = self.tail.read()
-        new = bool(rows) or self.tail.restarted
-        self.last = {} if self.tail.restarted else self.last
-        for row in rows:
-            known = row.get("verdict", "") in (None, *VERDICTS)
-            if known and isinstance(row.get("pair_id"), str):
+        """Read what is new; tell whether there was anything. Raises OSError."""
+        changed = False
+        while True:
+            rows = self.tail.read()
+            if self.tail.restarted:
+                self.last = {}
+            if rows or self.tail.restarted:
+                changed = True
+            for row in filter(is_decision, rows):
                 self.last[row["pair_id"]] = row
-        return self.poll() or new if self.tail.more else new
+            if not self.tail.more:
+                return changed
 
     def of(self, pair: Row) -> str | None:
-        """The verdict on a pair; None while undecided."""
+        """Return the verdict on a pair; None while undecided."""
         return self.last.get(pair["pair_id"], {}).get("verdict")
 
-    def write(self, lines: dict[str, Row]) -> Iterator[None]:
-        """Append {pair_id: what changes: verdict, note}; each is on disk when its turn ends.
+    def write(self, pair_id: str, change: Row) -> Row:
+        """Append a line with what changes of a pair's, `verdict` or `note`; on disk at return.
 
-        A verdict of None withdraws. Raises OSError, ValueError.
+        A verdict of None withdraws. Returns the verdict and note that stood before. Raises OSError,
+        ValueError.
         """
-        group: dict[str, Row] = {}
-        for pair_id, change in lines.items():
-            old = self.last.get(pair_id, {})
-            before = {"verdict": old.get("verdict"), "note": str(old.get("note") or "")}
-            line = {**before, **change}
-            append_decision(self.path, pair_id, line["verdict"], self.reviewer, line["note"])
-            self.done += [] if group else [group]
-            group[pair_id] = before
-            self.poll()  # what is shown is what the disk holds
-            yield
+        last = self.last.get(pair_id, {})
+        before = {"verdict": last.get("verdict"), "note": str(last.get("note") or "")}
+        line = {**before, **change}
+        append_decision(
+            self.path, pair_id, line["verdict"], reviewer=self.reviewer, note=line["note"]
+        )
+        self.poll()  # what is shown is what the disk holds
+        return before
 
 
 def facet(pair: Row, name: str, verdict: str | None) -> str:
-    """What a pair has of a field that filters name; `class` is its verdict."""
-    return (verdict or "undecided") if name == "class" else one_line(pair[name])
+    """Return what a pair has of a field that filters name; `class` is its verdict."""
+    if name == "class":
+        return verdict or "undecided"
+    return one_line(pair[name])
 
 
-def make_filter(text: str) -> Test:
-    """A filter as typed: words, field:part of its value, cosine>0.9; all must hold.
+@dataclass(frozen=True)
+class HasText:
+    """A filter: a word that stands anywhere in a pair."""
 
-    >>> pair = {"search": "about the x axis", "source": "math", "cosine": 0.95}
-    >>> [make_filter(text)(pair, None) for text in ("axis source:ma class:und", "cosine>0.96")]
-    [True, False]
+    word: str
+
+    def holds(self, pair: Row, verdict: str | None) -> bool:
+        """Tell whether a pair passes."""
+        return self.word in pair["search"]
+
+
+@dataclass(frozen=True)
+class FacetHas:
+    """A filter: one of FACETS, and a part of its value."""
+
+    name: str
+    part: str
+
+    def holds(self, pair: Row, verdict: str | None) -> bool:
+        """Tell whether a pair with this verdict passes."""
+        return self.part in facet(pair, self.name, verdict).lower()
+
+
+@dataclass(frozen=True)
+class CosineWithin:
+    """A filter: the least or the largest cosine."""
+
+    least: float = -math.inf
+    largest: float = math.inf
+
+    def holds(self, pair: Row, verdict: str | None) -> bool:
+        """Tell whether a pair passes."""
+        return self.least <= pair["cosine"] <= self.largest
+
+
+Filter = HasText | FacetHas | CosineWithin
+
+
+def parse_filters(text: str) -> list[Filter]:
+    """Read filters as typed: words, field:part of its value, cosine>0.9; all must hold.
+
+    >>> parse_filters("axis source:ma cosine>0.9")
+    [HasText(word='axis'), FacetHas(name='source', part='ma'), CosineWithin(least=0.9, largest=inf)]
     """
-    tests: list[Test] = []
     try:
-        parts = shlex.split(text.lower())
+        words = shlex.split(text.lower())
     except ValueError:  # a quote that is still open while one types
-        parts = text.lower().split()
-    for part in parts:
-        name, _, value = part.partition(":")
-        if bound := re.fullmatch(r"cosine:?([<>])=?(\d*\.?\d+)", part):
-            sign = 1 if bound[1] == ">" else -1
-            tests.append(lambda pair, _, s=sign, x=float(bound[2]): s * (pair["cosine"] - x) >= 0)
-        elif name in FACETS and value:
-            tests.append(lambda pair, v, n=name, x=value: x in facet(pair, n, v).lower())
+        words = text.lower().split()
+    return [parse_filter(word) for word in words]
+
+
+def parse_filter(word: str) -> Filter:
+    """Read one filter."""
+    bound = re.fullmatch(r"cosine:?([<>])=?(\d*\.?\d+)", word)
+    if bound and bound[1] == ">":
+        return CosineWithin(least=float(bound[2]))
+    if bound:
+        return CosineWithin(largest=float(bound[2]))
+    name, _, part = word.partition(":")
+    if name in FACETS and part:
+        return FacetHas(name, part)
+    return HasText(word)
+
+
+def select_pairs(pairs: list[Row], verdicts: Verdicts, text: str, order: str) -> list[Row]:
+    """Return the pairs that pass the filters typed as `text`, sorted by one of ORDERS."""
+    filters = parse_filters(text)
+    fields = ORDERS[order]
+    kept = []
+    for pair in pairs:
+        verdict = verdicts.of(pair)
+        if all(condition.holds(pair, verdict) for condition in filters):
+            kept.append(pair)
+    kept.sort(key=lambda pair: pair_order(pair, verdicts.of(pair), fields))
+    return kept
+
+
+def pair_order(pair: Row, verdict: str | None, fields: Iterable[str]) -> list[Any]:
+    """Return the values that a pair is sorted by."""
+    values: list[Any] = []
+    for field in fields:
+        if field == "decided":
+            values.append(verdict is not None)
+        elif field == "class":
+            values.append(verdict or "")
+        elif field == "falling cosine":
+            values.append(-pair["cosine"])
         else:
-            tests.append(lambda pair, _, x=part: x in pair["search"])
-    return lambda pair, verdict: all(test(pair, verdict) for test in tests)
+            values.append(pair[field])
+    return values
 
 
 def removed_rows(pairs: list[Row], verdicts: Verdicts) -> set[str]:
-    """The train_ids that `apply` would remove by default."""
+    """Return the train_ids that `apply` would remove by default."""
     decided = {pair_id: line for pair_id, line in verdicts.last.items() if line["verdict"]}
     return set(removed_ids(pairs, decided))
 
 
+def apply_command(folder: Path) -> str:
+    """Return the command that writes the clean set anew, by the verdicts in a folder."""
+    return shlex.join(["python", "check_contamination.py", "apply", "--out", str(folder)])
+
+
 def review_parts(pairs: list[Row], verdicts: Verdicts, folder: Path, width: int = 30) -> Parts:
-    """How many pairs are decided, and how; at the end, what `apply` would remove."""
-    counts = Counter(map(verdicts.of, pairs))
-    decided, total = len(pairs) - counts[None], len(pairs)
-    parts, at = [(f"{decided:,} of {total:,} decided ", "bold")], 0
-    for verdict in VERDICTS:
-        at += width * counts[verdict] / max(1, total)
-        filled = sum(len(text) for text, _ in parts[1:])
-        parts.append((LOOKS[verdict][2] * (round(at) - filled), LOOKS[verdict][1]))
-    parts.append(("·" * (width - round(at)), DIM))
+    """Say how many pairs are decided, and how; at the end, what `apply` would remove.
+
+    pairs: at least one; width: columns of the bar.
+    """
+    counts = Counter(verdicts.of(pair) for pair in pairs)
+    decided = len(pairs) - counts[None]
+    parts = [(f"{decided:,} of {len(pairs):,} decided ", "bold")]
+    parts += bar_parts(counts, width)
     for verdict in VERDICTS:
         name = verdict.removesuffix("-but-different")
-        parts.append((f"  {name} {counts[verdict]:,}", LOOKS[verdict][1]))
-    if decided == total:
-        gone, rows = len(removed_rows(pairs, verdicts)), len({pair["train_id"] for pair in pairs})
+        parts.append((f"  {name} {counts[verdict]:,}", LOOKS[verdict].colour))
+
+    if decided == len(pairs):
+        gone = len(removed_rows(pairs, verdicts))
+        rows = len({pair["train_id"] for pair in pairs})
         parts.append((f"\nAll decided: {gone:,} of the {rows:,} flagged rows would go. Next: ", ""))
-        parts.append((f"python check_contamination.py apply --out {folder}", "bold"))
+        parts.append((printable(apply_command(folder)), "bold"))
     return parts
 
 
-def pair_parts(pair: Row, line: Row, plain: bool) -> list[Parts]:
-    """What is known of a pair, its training side, its benchmark side; what differs is marked.
+def bar_parts(counts: Counter[str | None], width: int) -> Parts:
+    """Draw each verdict's share of all pairs in `width` columns; dots for what is undecided."""
+    parts = []
+    pairs = 0
+    drawn = 0  # columns
+    for verdict in VERDICTS:
+        pairs += counts[verdict]
+        end = round(width * pairs / counts.total())
+        look = LOOKS[verdict]
+        parts.append((look.filling * (end - drawn), look.colour))
+        drawn = end
+    parts.append(("·" * (width - drawn), DIM))
+    return parts
+
+
+class PairParts(NamedTuple):
+    """A pair as Review shows it."""
+
+    head: Parts
+    train: Parts
+    test: Parts
+
+
+def pair_parts(pair: Row, line: Row, plain: bool) -> PairParts:
+    """Show a pair and the last line on it in the log; words that differ are marked.
 
     The choices are compared only where most of them stand in the training text too.
     """
-    _, tone, _ = LOOKS[line.get("verdict")]
-    head = [(line.get("verdict") or "undecided", f"bold {tone}")]
-    by = [("by", "reviewer"), ("at", "time"), ("note:", "note")]
-    by = by if line.get("verdict") else by[2:]  # who took a verdict back is in the log
-    head += [(f" {word} {one_line(line[key])}", "") for word, key in by if line.get(key)]
-    head += [("\nsuggested ", DIM), (one_line(pair["suggested"]) or "nothing", "bold")]
-    head += [(f": {one_line(pair['why'])}", ""), ("\ncosine ", DIM)]
-    how = f" by {one_line(pair['detector'])} of {one_line(pair['view'])}"
-    head += [(f"{pair['cosine']:.4f}", "bold"), (how, DIM)]
-    train, test = printable(pair["train_question"]), printable(pair["test_question"])
-    choices = [one_line(choice, 500) for choice in pair["choices"][:26]]
-    lettered = "".join(f"\n{chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
-    inside = sum(choice.lower() in train.lower() for choice in choices)
-    left, right = differing(train, test + lettered * (2 * inside > len(choices)))
-    sides = [head]
-    for name, key, text, spans, answer in (
-        ("TRAINING", "source", train, left, pair["train_answer"]),
-        ("BENCHMARK", "test_id", test + lettered, right, pair["test_answer"]),
-    ):
-        title = [(name, "bold reverse"), (f" {one_line(pair[key])}\n", DIM)]
-        answers = [("\n\nANSWER ", "bold"), (printable(answer), "")]
-        sides.append(title + marked(text, spans, plain) + answers)
-    return sides
+    train = printable(pair["train_question"])
+    question = printable(pair["test_question"])
+    choices = [one_line(choice, 500) for choice in pair["choices"][: len(LETTERS)]]
+    test = question
+    for letter, choice in zip(LETTERS, choices, strict=False):
+        test += f"\n{letter}) {choice}"
+    compared = test if stand_in(train, choices) else question
+    train_spans, test_spans = differing(train, compared)
+
+    train_parts = side_parts(
+        title="TRAINING",
+        origin=pair["source"],
+        question=mark_spans(train, train_spans, plain),
+        answer=pair["train_answer"],
+    )
+    test_parts = side_parts(
+        title="BENCHMARK",
+        origin=pair["test_id"],
+        question=mark_spans(test, test_spans, plain),
+        answer=pair["test_answer"],
+    )
+    return PairParts(head_parts(pair, line), train_parts, test_parts)
+
+
+def stand_in(text: str, choices: list[str]) -> bool:
+    """Tell whether most choices stand in a text."""
+    text = text.lower()
+    found = [choice for choice in choices if choice.lower() in text]
+    return len(found) > len(choices) / 2
+
+
+def head_parts(pair: Row, line: Row) -> Parts:
+    """Say what is known of a pair; line: the last on it in the log, or {}."""
+    verdict = line.get("verdict")
+    parts = [(verdict or "undecided", f"bold {LOOKS[verdict].colour}")]
+    for word, key in (("by", "reviewer"), ("at", "time"), ("note:", "note")):
+        if line.get(key) and (verdict or key == "note"):  # who took a verdict back is in the log
+            parts.append((f" {word} {one_line(line[key])}", ""))
+
+    suggested = one_line(pair["suggested"]) or "nothing"
+    parts += [("\nsuggested ", DIM), (suggested, "bold"), (f": {one_line(pair['why'])}", "")]
+    parts += [("\ncosine ", DIM), (f"{pair['cosine']:.4f}", "bold")]
+    parts.append((f" by {one_line(pair['detector'])} of {one_line(pair['view'])}", DIM))
+    return parts
+
+
+def side_parts(title: str, origin: str, question: Parts, answer: str) -> Parts:
+    """Show one of the two texts of a pair."""
+    parts = [(title, "bold reverse"), (f" {one_line(origin)}\n", DIM)]
+    parts += question
+    parts += [("\n\nANSWER ", "bold"), (printable(answer), "")]
+    return parts
 
 
 # --- watch ----------------------------------------------------------------------------------------
 
 
+class Bucket(NamedTuple):
+    """Neighbouring steps of a curve: the first step, the lowest and the highest value."""
+
+    step: float
+    low: float
+    high: float
+
+    def join(self, later: "Bucket") -> "Bucket":
+        """Return the bucket of both."""
+        return Bucket(self.step, min(self.low, later.low), max(self.high, later.high))
+
+
 class Curve:
-    """A metric over steps in at most 2 x POINTS buckets of (step, lowest, highest) value.
+    """A metric over steps in at most 2 x POINTS buckets.
 
     When full, neighbours are joined: a spike outlives any number of halvings.
     """
 
     def __init__(self) -> None:
-        self.buckets: list[tuple[float, float, float]] = []
-        self.stride = self.filled = 1  # values of a bucket, of the last one
+        self.buckets: list[Bucket] = []
+        self.stride = 1  # values of a full bucket
+        self.filled = 0  # values of the last one
 
     def add(self, step: float, value: float) -> None:
         """Take the value of a later step."""
+        new = Bucket(step, value, value)
         if self.buckets and self.filled < self.stride:
-            first, low, high = self.buckets[-1]
-            self.buckets[-1] = (first, min(low, value), max(high, value))
+            self.buckets[-1] = self.buckets[-1].join(new)
             self.filled += 1
             return
         if len(self.buckets) == 2 * POINTS:
-            joined = zip(self.buckets[::2], self.buckets[1::2], strict=True)
-            self.buckets = [(a[0], min(a[1], b[1]), max(a[2], b[2])) for a, b in joined]
+            pairs = zip(self.buckets[::2], self.buckets[1::2], strict=True)
+            self.buckets = [first.join(second) for first, second in pairs]
             self.stride *= 2
-        self.buckets.append((step, value, value))
+        self.buckets.append(new)
         self.filled = 1
+
+    def forget_from(self, step: float) -> None:
+        """Drop a step and what follows."""
+        self.buckets = [bucket for bucket in self.buckets if bucket.step < step]
+
+
+@dataclass
+class Alarm:
+    """A kind of fault: the first and the last step that had it, and how many had."""
+
+    first: float
+    last: float
+    count: int = 0
 
 
 class RunLog:
@@ -453,47 +805,60 @@ class RunLog:
         self.curves = {name: Curve() for name in (*CURVES, "smoothed")}
         self.latest: dict[str, float | None] = {}  # the newest step's numbers
         self.events: deque[Row] = deque(maxlen=1000)
-        self.alarms: dict[str, tuple[float, float, int]] = {}  # first step, last step, how many
-        self.lines = self.supervised = self.tokens = 0.0
-        self.mean = self.variance = 0.0  # of the loss, exponentially weighted
-        self.total: float | None = None  # steps
+        self.alarms: dict[str, Alarm] = {}
+        self.steps = 0  # lines that are steps
+        self.tokens = 0.0
+        self.supervised = 0.0  # tokens
+        self.mean = 0.0  # of the loss, exponentially weighted
+        self.variance = 0.0
+        self.planned: float | None = None  # steps, by the log's start
         self.ended = False
 
     def add(self, row: Row) -> None:
         """Take one line of the log, an event or a step."""
-        step = number(row.get("step"))
         if "event" in row:
-            self.events.append(row)
-            self.ended = row["event"] == "end"
-            if row["event"] == "start":
-                self.total = number(row.get("steps")) or number(row.get("total_steps"))
-        elif step is not None and math.isfinite(step):
-            if step <= (self.latest.get("step") or 0):  # a resumed run writes its steps again
-                for curve in self.curves.values():
-                    curve.buckets = [bucket for bucket in curve.buckets if bucket[0] < step]
-            self.add_step(step, {name: number(value) for name, value in row.items()})
+            self.add_event(row)
+            return
+        step = finite(row.get("step"))
+        if step is None:
+            return
+        if step <= (self.latest.get("step") or 0):  # a resumed run writes its steps again
+            for curve in self.curves.values():
+                curve.forget_from(step)
+        self.add_step(step, {name: number(value) for name, value in row.items()})
+
+    def add_event(self, row: Row) -> None:
+        """Keep an event; the first tells how long the run will be, the last that it is over."""
+        self.events.append(row)
+        self.ended = row["event"] == "end"
+        if row["event"] == "start":
+            self.planned = number(row.get("steps")) or number(row.get("total_steps"))
 
     def add_step(self, step: float, row: dict[str, float | None]) -> None:
         """Add a step to the curves, the sums and the alarms."""
-        self.latest, self.lines, self.ended = row, self.lines + 1, False
+        self.latest = row
+        self.steps += 1
+        self.ended = False
         self.tokens += row.get("tokens") or 0
         self.supervised += row.get("supervised_tokens") or 0
+
         for name in CURVES:
-            value = row.get(name)
-            if value is not None and math.isfinite(value):
+            value = finite(row.get(name))
+            if value is not None:
                 self.curves[name].add(step, value)
-                if name == "loss":
-                    self.smooth(step, value)
             elif name in row and name in ("loss", "grad_norm"):
                 self.alarm(f"{name.replace('_', ' ')} is NaN or infinite", step)
+        loss = finite(row.get("loss"))
+        if loss is not None:
+            self.smooth(step, loss)
         if row.get("supervised_tokens") == 0:
             self.alarm("no supervised tokens", step)
 
     def smooth(self, step: float, loss: float) -> None:
         """Follow the loss's mean and variance; far above them is a spike."""
-        past = min(1 - 1 / self.lines, SMOOTHING)  # at first a plain mean
-        limit = self.mean + max(SPIKE * math.sqrt(self.variance), 0.5 * abs(self.mean))
-        if self.lines > WARM and loss > limit:
+        past = min(1 - 1 / self.steps, SMOOTHING)  # at first a plain mean
+        margin = max(SPIKE * math.sqrt(self.variance), 0.5 * abs(self.mean))
+        if self.steps > WARM and loss > self.mean + margin:
             self.alarm("loss spike", step)
         change = loss - self.mean
         self.mean += (1 - past) * change
@@ -502,186 +867,327 @@ class RunLog:
 
     def alarm(self, kind: str, step: float) -> None:
         """Count an alarm of this kind."""
-        first, _, count = self.alarms.get(kind, (step, step, 0))
-        self.alarms[kind] = (first, step, count + 1)
+        alarm = self.alarms.setdefault(kind, Alarm(step, step))
+        alarm.last = step
+        alarm.count += 1
+
+    def total(self) -> float | None:
+        """Return how many steps the run will have: as planned, else by the time that is left."""
+        if self.planned:
+            return self.planned
+        step = self.latest.get("step")
+        seconds = self.latest.get("seconds")
+        eta = self.latest.get("eta_seconds")
+        if not (step and seconds and eta):
+            return None
+        return step * (1 + eta / seconds)
+
+
+def read_end(path: Path) -> RunLog:
+    """Read the newest state of a log from its last lines."""
+    log = RunLog()
+    with path.open("rb") as file:
+        file.seek(-LOG_END, os.SEEK_END)
+        rows, _ = parse_lines(file.read())  # the first of them is cut, and so none
+    for row in rows:
+        log.add(row)
+    return log
 
 
 def alarms_of(log: RunLog, path: Path, now: float) -> list[str]:
-    """The alarms of the run that writes `path`; now: seconds since 1970. Raises OSError."""
+    """Return the alarms of the run that writes `path`; now: seconds since 1970. Raises OSError."""
     texts = []
-    for kind, (first, last, count) in log.alarms.items():
-        more = f", {count:,} times to step {last:,.0f}" if count > 1 else ""
-        texts.append(f"{kind} at step {first:,.0f}{more}")
-    finished = (path.parent / "run.json").exists() and not (path.parent / UNFINISHED).exists()
-    step = (log.latest.get("seconds") or 0) / (log.latest.get("step") or 1)
-    silent = now - path.stat().st_mtime
-    if not (log.ended or finished) and silent > max(STALL_SECONDS, STALL_STEPS * step):
-        waited = clock(silent // 60 * 60)  # whole minutes: not a new text each second
-        texts.append(f"stalled: no line for {waited}, a step took {step:.2g} s")
+    for kind, alarm in log.alarms.items():
+        text = f"{kind} at step {alarm.first:,.0f}"
+        if alarm.count > 1:
+            text += f", {alarm.count:,} times to step {alarm.last:,.0f}"
+        texts.append(text)
+
+    stall = stall_of(log, path, now)
+    if stall:
+        texts.append(stall)
     disk = shutil.disk_usage(path.parent)
     if disk.free < max(DISK_BYTES, DISK_SHARE * disk.total):
         texts.append(f"disk nearly full: {disk.free / 1e9:.1f} GB free")
     return texts
 
 
+def stall_of(log: RunLog, path: Path, now: float) -> str:
+    """Say for how long a run that is not over has written no line; "" if that is usual."""
+    finished = (path.parent / "run.json").exists() and not (path.parent / UNFINISHED).exists()
+    if log.ended or finished:
+        return ""
+    step_seconds = (log.latest.get("seconds") or 0) / (log.latest.get("step") or 1)
+    silent = now - path.stat().st_mtime
+    if silent <= max(STALL_SECONDS, STALL_STEPS * step_seconds):
+        return ""
+    minutes = clock(silent // 60 * 60)  # whole ones: not a new text each second
+    return f"stalled: no line for {minutes}, a step took {step_seconds:.2g} s"
+
+
 def run_parts(log: RunLog) -> Parts:
-    """How a run stands, in three lines."""
-    if not (row := log.latest):
-        return [("Run python finetune.py: no training log here", "bold")]
-    step, seconds, eta = row.get("step"), row.get("seconds"), row.get("eta_seconds")
-    total = log.total or (step * (1 + eta / seconds) if step and seconds and eta else None)
-    figures = {
-        "step": short(step) + (f" of {total:,.0f}, {step / total:.0%}" if total and step else ""),
-        "epoch": short(row.get("epoch")),
-        "ETA": "ended" if log.ended else clock(eta),
-        "run for": clock(seconds) + "\n",
-        "loss": f"{short(row.get('loss'), '.4g')}, smoothed {short(log.mean, '.4g')}",
-        "rate": short(row.get("learning_rate")),
-        "grad norm": short(row.get("grad_norm")),
-        "tokens/s": short(row.get("tokens_per_second")) + "\n",
-        "supervised": f"{log.supervised:,.0f} of {log.tokens:,.0f} tokens",
-        "MFU": short(row.get("mfu"), ".1%"),
-        "memory GB": short(row.get("memory_gb")),
-        "GPU %": short(row.get("gpu_util")),
-    }
+    """Say in three lines how a run stands."""
+    row = log.latest
+    if not row:
+        return [(NO_LOG, "bold")]
+    lines = [
+        {
+            "step": step_text(log),
+            "epoch": short(row.get("epoch")),
+            "ETA": "ended" if log.ended else clock(row.get("eta_seconds")),
+            "run for": clock(row.get("seconds")),
+        },
+        {
+            "loss": f"{short(row.get('loss'), '.4g')}, smoothed {short(log.mean, '.4g')}",
+            "rate": short(row.get("learning_rate")),
+            "grad norm": short(row.get("grad_norm")),
+            "tokens/s": short(row.get("tokens_per_second")),
+        },
+        {
+            "supervised": f"{log.supervised:,.0f} of {log.tokens:,.0f} tokens",
+            "MFU": short(row.get("mfu"), ".1%"),
+            "memory GB": short(row.get("memory_gb")),
+            "GPU %": short(row.get("gpu_util")),
+        },
+    ]
     parts = []
-    for name, value in figures.items():
-        parts += [(f"{name} ", DIM), (f"{value}  ".replace("\n  ", "\n"), "bold")]
+    for figures in lines:
+        if parts:
+            parts.append(("\n", ""))
+        for name, value in figures.items():
+            parts += [(f"{name} ", DIM), (f"{value}  ", "bold")]
     return parts
 
 
+def step_text(log: RunLog) -> str:
+    """Say at which step a run is, and of how many where that is known."""
+    step = log.latest.get("step")
+    total = log.total()
+    if not (step and total):
+        return short(step)
+    return f"{short(step)} of {total:,.0f}, {step / total:.0%}"
+
+
 def event_text(row: Row) -> str:
-    """An event on one line: its step, its name, then the other fields as written."""
-    names = [name for name in row if name not in ("event", "step")]
-    names.sort(key="prompt".__eq__)  # it last
-    known = {name: number(row[name]) for name in names}
-    texts = {k: one_line(str(row[k])[-150:] if k == "prompt" else row[k], 600) for k in names}
-    rest = [f"{k} {texts[k] if v is None else short(v, '.4g')}" for k, v in known.items()]
-    text = f"{short(number(row.get('step'))):>7}  {row['event']}  {'  '.join(rest)}"
-    return one_line(text, LONGEST_SHOWN)
+    """Write an event on one line: its step, its name, the other fields as written, a prompt last.
+
+    >>> event_text({"event": "sample", "step": 40, "text": "Hello"})
+    '     40  sample  text Hello'
+    """
+    fields = []
+    for name, value in row.items():
+        if name in ("event", "step", "prompt"):
+            continue
+        amount = number(value)
+        text = one_line(value, 600) if amount is None else short(amount, ".4g")
+        fields.append(f"{one_line(name)} {text}")
+    if "prompt" in row:
+        end = str(row["prompt"])[-150:]  # all prompts begin alike
+        fields.append(f"prompt {one_line(end)}")
+
+    step = short(number(row.get("step")))
+    return printable(f"{step:>7}  {one_line(row['event'])}  {'  '.join(fields)}")
 
 
-def draw_curves(plt: Any, title: str, curves: list[tuple[list, str]], logarithmic: bool) -> None:
-    """Draw (buckets of a Curve, colour) with few, round labels; plt is plotext's figure."""
+def draw_curves(
+    plt: Any, title: str, curves: list[tuple[list[Bucket], str]], logarithmic: bool
+) -> None:
+    """Draw (buckets, colour) of each curve with few, round labels; plt is plotext's figure."""
     plt.clear_figure()
-    xs, ys = [], []
+    steps: list[float] = []
+    heights: list[float] = []
     for buckets, colour in curves:
-        points = [(step, v) for step, *ends in buckets for v in sorted({*ends})]
-        points = [(s, math.log10(v)) for s, v in points if v > 0] if logarithmic else points
-        plt.plot([s for s, _ in points], [v for _, v in points], color=colour, marker="braille")
-        xs, ys = xs + [s for s, _ in points], ys + [v for _, v in points]
-    for ticks, values, label in (
-        (plt.xticks, xs, lambda v: f"{v:,.0f}"),
-        (plt.yticks, ys, lambda v: short(10**v if logarithmic else v)),
-    ):
-        if not values:  # plotext cannot place a tick where there is no point
-            break
-        low, high = min(values), max(values)
-        places = [low + (high - low) * part / 3 for part in range(4)]
-        ticks(places, [label(place) for place in places])
-    plt.title(f"{title}, by step" + " (log scale)" * logarithmic)
+        xs, ys = curve_points(buckets, logarithmic)
+        plt.plot(xs, ys, color=colour, marker="braille")
+        steps += xs
+        heights += ys
+
+    if steps:  # plotext cannot place a tick where there is no point
+        places = even_places(steps)
+        plt.xticks(places, [f"{place:,.0f}" for place in places])
+        places = even_places(heights)
+        values = [10**place for place in places] if logarithmic else places
+        plt.yticks(places, [short(value) for value in values])
+    title += ", by step"
+    if logarithmic:
+        title += " (log scale)"
+    plt.title(title)
+
+
+def curve_points(buckets: list[Bucket], logarithmic: bool) -> tuple[list[float], list[float]]:
+    """Return (steps, heights) of a curve's points: one for each bucket, or its lowest and highest.
+
+    The logarithm to base 10, of positive values only, is the height on a logarithmic scale.
+    """
+    steps = []
+    heights = []
+    for bucket in buckets:
+        for value in sorted({bucket.low, bucket.high}):
+            if logarithmic and value <= 0:
+                continue
+            steps.append(bucket.step)
+            heights.append(math.log10(value) if logarithmic else value)
+    return steps, heights
+
+
+def even_places(values: list[float]) -> list[float]:
+    """Return four places at even distances from the lowest value to the highest."""
+    low = min(values)
+    high = max(values)
+    return [low + (high - low) * part / 3 for part in range(4)]
 
 
 # --- results --------------------------------------------------------------------------------------
 
-NUMBERS = ("base_score", "score", "points", "percent", "p", "gained", "lost", "points_unflagged")
-NUMBERS += ("points_flagged", "low", "high")
+NUMBERS = (
+    "base_score",
+    "score",
+    "points",
+    "percent",
+    "p",
+    "gained",
+    "lost",
+    "points_unflagged",
+    "points_flagged",
+)
+RESULT_ORDERS = ("benchmarks, then subjects", "largest gain first", "largest loss first", "name")
 TABLE = "{:23.23} {:>8} {:>5} {:>5} {:13} {:19.19}"  # 78 columns
 MORE = "{:>8} {:>16} {:>6} {:>6} {:>9} {:>8}"
-RESULT_ORDERS: dict[str, Callable[[Row], Any]] = {
-    "benchmarks, then subjects": lambda row: ("/" in row["task"], -row["change"]),
-    "largest gain first": lambda row: -row["change"],
-    "largest loss first": lambda row: row["change"],
-    "name": lambda row: row["task"],
-}
+WIDE = 138  # columns of both
 
 
 def load_results(path: Path) -> list[Row]:
-    """The comparisons of results.json, texts printable, numbers finite or None; [] without any.
-
-    `change` is percent, or points where the base has no score. Raises UserError, OSError.
-    """
-    rows = []
+    """Read the comparisons of results.json; [] without any. Raises UserError, OSError."""
+    if not path.exists():
+        return []
     try:
-        found = json.loads(path.read_bytes()).get("comparisons") if path.exists() else None
-        for row in found or ():
-            row |= dict(zip(("low", "high"), row.get("interval") or (), strict=False))
-            values = {k: number(row.get(k)) for k in NUMBERS}
-            values = {k: v if math.isfinite(v or 0) else None for k, v in values.items()}
-            values |= {k: one_line(row.get(k)) for k in ("model", "base", "task", "verdict")}
-            change = values["points"] if values["percent"] is None else values["percent"]
-            rows.append(values | {"change": change or 0.0})
+        comparisons = json.loads(path.read_bytes()).get("comparisons") or []
+        return [clean_comparison(row) for row in comparisons]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no results.json of evaluate.py: {one_line(error)}") from None
-    return rows
 
 
-def bar(value: float, largest: float, half: int) -> str:
-    """A bar from the middle: to the left below zero, to the right above.
+def clean_comparison(row: Row) -> Row:
+    """Return a comparison with texts printable, numbers finite or None.
 
-    >>> bar(1.0, 2.0, 4), bar(-2.0, 2.0, 4)
-    ('    │██  ', '████│    ')
+    `low` and `high` are the interval's ends; `change` is percent, or points where the base has no
+    score.
     """
-    drawn = "█" * round(half * abs(value) / (largest or 1))
-    return f"{drawn if value < 0 else '':>{half}}│{drawn if value > 0 else '':<{half}}"
+    values: Row = {name: finite(row.get(name)) for name in NUMBERS}
+    for name in ("model", "base", "task", "verdict"):
+        values[name] = one_line(row.get(name))
+    low, high = row.get("interval") or (None, None)
+    values["low"] = finite(low)
+    values["high"] = finite(high)
+    change = values["points"] if values["percent"] is None else values["percent"]
+    values["change"] = change or 0.0
+    return values
+
+
+def result_order(row: Row, order: str) -> list[Any]:
+    """Return what a result is sorted by in one of RESULT_ORDERS; an average is always the first."""
+    task = row["task"]
+    values: list[Any] = [task != "average"]
+    if order == "name":
+        values.append(task)
+    elif order == "largest gain first":
+        values.append(-row["change"])
+    elif order == "largest loss first":
+        values.append(row["change"])
+    else:
+        values += ["/" in task, -row["change"]]
+    return values
 
 
 def result_parts(rows: list[Row], order: str, wide: bool) -> Parts:
-    """The changes over the base as a table with bars; `wide` adds the last columns."""
+    """Show the changes over the base as a table with bars; `wide` adds the last columns."""
     if not rows:
-        return [("Run python evaluate.py: no comparison here\n", "bold")]
-    largest, parts = max(abs(row["change"]) for row in rows), []
-    head = ("task", "change", "base", "score", "", "paired test")
-    more = ("p", "95 % of points", "gained", "lost", "unflagged", "flagged")
-    for base, model in dict.fromkeys((row["base"], row["model"]) for row in rows):
+        return [(f"{NO_RESULTS}\n", "bold")]
+    largest = max(abs(row["change"]) for row in rows)
+    head = TABLE.format("task", "change", "base", "score", "", "paired test")
+    if wide:
+        head += MORE.format("p", "95 % of points", "gained", "lost", "unflagged", "flagged")
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["base"], row["model"]].append(row)
+
+    parts = []
+    for (base, model), group in groups.items():
         parts.append((f"{model} over {base}, sorted by {order}\n", "bold"))
-        parts.append((TABLE.format(*head) + MORE.format(*more) * wide + "\n", DIM))
-        chosen = [row for row in rows if (row["base"], row["model"]) == (base, model)]
-        chosen.sort(key=RESULT_ORDERS[order])
-        chosen.sort(key=lambda row: row["task"] != "average")  # a stable sort: it alone moves up
-        for row in chosen:
-            tone = {"better": "$text-success", "worse": "$text-error"}.get(row["verdict"], "")
-            change = f"{row['change']:+.1f}" + (" pt" if row["percent"] is None else "%")
-            scores = [short(row[k], ".1f") for k in ("base_score", "score")]
-            name, shape = row["task"].removeprefix("mmlu/"), bar(row["change"], largest, 6)
-            parts.append((TABLE.format(name, change, *scores, shape, row["verdict"]), tone))
-            ends = " to ".join(short(row[k], "+.1f") for k in ("low", "high"))
-            flips = [short(row[k], ".0f") for k in ("gained", "lost")]
-            split = [short(row[k], "+.1f") for k in ("points_unflagged", "points_flagged")]
-            rest = MORE.format(short(row["p"], ".2g"), ends, *flips, *split)
-            parts.append((rest * wide + "\n", ""))
+        parts.append((f"{head}\n", DIM))
+        for row in sorted(group, key=lambda row: result_order(row, order)):
+            parts += result_line(row, largest, wide)
     return parts
+
+
+def result_line(row: Row, largest: float, wide: bool) -> Parts:
+    """Show one change over the base; largest: the change that has the longest bar."""
+    name = row["task"].removeprefix("mmlu/")
+    unit = " pt" if row["percent"] is None else "%"
+    change = f"{row['change']:+.1f}{unit}"
+    base = short(row["base_score"], ".1f")
+    score = short(row["score"], ".1f")
+    bar = change_bar(row["change"], largest, half=6)
+    colours = {"better": "$text-success", "worse": "$text-error"}
+    colour = colours.get(row["verdict"], "")
+    line = TABLE.format(name, change, base, score, bar, row["verdict"])
+    if not wide:
+        return [(line, colour), ("\n", "")]
+
+    interval = f"{short(row['low'], '+.1f')} to {short(row['high'], '+.1f')}"
+    gained = short(row["gained"], ".0f")
+    lost = short(row["lost"], ".0f")
+    unflagged = short(row["points_unflagged"], "+.1f")
+    flagged = short(row["points_flagged"], "+.1f")
+    more = MORE.format(short(row["p"], ".2g"), interval, gained, lost, unflagged, flagged)
+    return [(line, colour), (f"{more}\n", "")]
+
+
+def change_bar(value: float, largest: float, half: int) -> str:
+    """Draw a bar from the middle: to the left below zero, to the right above.
+
+    >>> change_bar(1.0, 2.0, 4), change_bar(-2.0, 2.0, 4)
+    ('    │██  ', '████│    ')
+    """
+    filled = "█" * round(half * abs(value) / (largest or 1))
+    if value < 0:
+        return f"{filled:>{half}}│{'':{half}}"
+    return f"{'':{half}}│{filled:<{half}}"
 
 
 # --- pipeline -------------------------------------------------------------------------------------
 
 
-class StepState(NamedTuple):
-    """How one step's folder stands; status is one of SIGNS, command what mends or repeats it."""
+@dataclass(frozen=True)
+class StepState:
+    """How one step's folder stands."""
 
     script: str
     folder: Path
-    status: str
-    counts: str
-    why: str
-    command: str
+    status: str  # one of STATUS_LOOKS
+    command: str  # that begins, mends or repeats it
+    counts: str = ""
+    why: str = ""
     whole: bool = False  # of lineage(): finished, and every file is as recorded
 
 
 def is_step(folder: Path) -> bool:
-    """Whether a step has finished or begun a folder."""
+    """Tell whether a step has finished or begun a folder."""
     return any(os.path.exists(folder / name) for name in ("run.json", UNFINISHED))
 
 
 def script_of(folder: Path) -> str:
-    """The step that finished or began a folder; what its name tells where run.json is broken."""
-    mark, run = folder / UNFINISHED, read_object(folder / "run.json")
-    began = re.search(r"(\w+)\.py", mark.read_text(errors="replace") if mark.exists() else "")
-    return began[1] if began else str(run.get("step", STEPS.get(folder.name, "?")[0]))
+    """Name the step that finished or began a folder; by its name where run.json is broken."""
+    mark = folder / UNFINISHED
+    if mark.exists():
+        began = re.search(r"(\w+)\.py", mark.read_text(errors="replace"))
+        if began:
+            return began[1]
+    return str(step_of(folder) or STEPS.get(folder.name, "?"))
 
 
 def is_held(mark: Path) -> bool:
-    """Whether a living process holds a step's folder; lets go of it at once."""
+    """Tell whether a living process holds a step's folder; lets go of it at once."""
     with contextlib.suppress(FileNotFoundError, PermissionError), mark.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -691,26 +1197,28 @@ def is_held(mark: Path) -> bool:
 
 
 def files_of(folder: Path, kind: str) -> dict[str, Any]:
-    """{name: sha256} of the "inputs" or "outputs" that a step has recorded."""
+    """Return {name: sha256} of the "inputs" or "outputs" that a step has recorded."""
     found: dict[str, Any] = {}
     for record in RUNS:
         listed = read_object(folder / record).get(kind)
-        if isinstance(listed, dict):
-            for name, about in listed.items():
-                found[name] = about.get("sha256") if isinstance(about, dict) else None
+        if not isinstance(listed, dict):
+            continue
+        for name, described in listed.items():
+            found[name] = described.get("sha256") if isinstance(described, dict) else None
     return found
 
 
 def find_input(name: str, folder: Path) -> Path:
-    """Where an input of a step lies: a relative name counts from its folder, or from one above.
+    """Return where an input of a step lies: a relative name counts from its folder, or one above.
 
     So a copy of the whole chain is walked in itself. From the current folder only then.
     """
-    for above in (folder, *folder.parents, Path(), *Path.cwd().parents):
-        path = os.path.join(above, name)
+    for parent in (folder, *folder.parents, Path(), *Path.cwd().parents):
+        path = os.path.join(parent, name)
+        if os.path.isfile(path):
+            return Path(path)
         record = os.path.join(os.path.dirname(path), "run.json")
-        gone = os.path.dirname(name) and os.path.exists(record)  # its step is there, the file not
-        if os.path.isfile(path) or gone:
+        if os.path.dirname(name) and os.path.exists(record):  # its step is there, the file gone
             return Path(path)
     return Path(name)
 
@@ -729,9 +1237,9 @@ def walk_back(folder: Path, known: dict[Path, StepState | None]) -> None:
 
 
 def pipeline_states(folder: Path) -> list[StepState]:
-    """Every step's folders in order; `folder` is the pipeline's, or one step's own. Reads only.
+    """Return every step's folders in order; `folder` is the pipeline's, or one step's own.
 
-    Raises OSError.
+    Reads only. Raises OSError.
     """
     root = folder.absolute().parent if is_step(folder) else folder
     known: dict[Path, StepState | None] = {}
@@ -739,94 +1247,129 @@ def pipeline_states(folder: Path) -> list[StepState]:
     for path in folders:
         walk_back(path, known)
     here = {path.resolve() for path in folders}
+    found = [state for path, state in known.items() if path in here]
 
-    states, usual, at = [], True, {"base": "BASE"}
-    for name, (script, inputs) in STEPS.items():
-        mine = [state for key, state in known.items() if key in here and state.script == script]
-        folder = mine[-1].folder if mine else root / name
-        usual &= folder == Path("out") / name
-        flags = f" {inputs.format(**at)}--out {shlex.quote(str(folder))}" * (not usual)
-        missing = StepState(script, folder, "not run", "", "", f"python {script}.py{flags}")
-        states += mine or [missing]
-        at[name] = shlex.quote(str(folder))
-        base = read_object(folder / "run.json").get("base_model")
-        at |= {"base": shlex.quote(one_line(base))} if isinstance(base, str) else {}
+    states: list[StepState] = []
+    for name, script in STEPS.items():
+        mine = [state for state in found if state.script == script]
+        if not mine:
+            before = states[-1] if states else None
+            mine = [missing_state(script, root / name, before)]
+        states += mine
     return states
+
+
+def missing_state(script: str, folder: Path, before: StepState | None) -> StepState:
+    """Return the state of a step that has no folder; it goes on from the step before, if it can."""
+    command = ""
+    if before and before.status == "finished":
+        with contextlib.suppress(AttributeError, LookupError, TypeError):  # an edited run.json
+            command = next_command(before.folder)
+    if not command:
+        command = shlex.join(["python", f"{script}.py", "--out", str(folder)])
+    return StepState(script, folder, status="not run", command=command)
 
 
 def step_state(
     path: Path, places: dict[str, Path], known: dict[Path, StepState | None]
 ) -> StepState:
-    """The state of one folder, the reason for it, and the command that mends or repeats it.
+    """Return the state of one folder, with its reason.
 
     It is stale where the step that wrote an input has recorded another sha256 since, or is not
     finished. places: where the inputs lie; known: the states of those steps. Nothing but the
     verdicts is hashed.
     """
-    script, mark, run = script_of(path), path / UNFINISHED, read_object(path / "run.json")
-    command = one_line(run.get("command") or f"python {script}.py --out {path}", LONGEST_SHOWN)
-    counts = counts_text(run)
-    if mark.exists():
-        began = one_line(mark.read_text(errors="replace").strip(), LONGEST_SHOWN) or command
-        if is_held(mark):
-            return StepState(script, path, "running", counts, "a process is at work", began)
-        began += " --resume" * (any(path.glob("checkpoints/*")) and "--resume" not in began)
-        why = "no process is at work on it: it was stopped or killed"
-        return StepState(script, path, "unfinished", counts, why, began)
-
-    command += " --overwrite" * ("--overwrite" not in command)
+    run = read_object(path / "run.json")
+    script = script_of(path)
+    state = StepState(
+        script,
+        path,
+        status="finished",
+        command=str(run.get("command") or f"python {script}.py --out {path}"),
+        counts=counts_text(run),
+        why=one_line(run.get("finished")),
+    )
+    if (path / UNFINISHED).exists():
+        return begun_state(state)
+    if "--overwrite" not in state.command:
+        state = replace(state, command=f"{state.command} --overwrite")
     if not run:
-        return StepState(script, path, "unfinished", "", "its run.json is not readable", command)
-    why = renewed_input(path, places, known)
-    if not why and verdicts_are_newer(path):
+        return replace(state, status="unfinished", why="its run.json is not readable")
+    renewed = renewed_input(path, places, known)
+    if renewed:
+        return replace(state, status="stale", why=renewed)
+    if verdicts_are_newer(path):
         why = "verdicts newer than clean.jsonl"
-        command = f"python {script}.py apply --out {shlex.quote(str(path))}"
-    status = "stale" if why else "finished"
-    return StepState(script, path, status, counts, why or one_line(run.get("finished")), command)
+        return replace(state, status="stale", why=why, command=apply_command(path))
+    return state
+
+
+def begun_state(state: StepState) -> StepState:
+    """Return the state of a folder that a step holds, or held when it was stopped."""
+    mark = state.folder / UNFINISHED
+    command = mark.read_text(errors="replace").strip() or state.command
+    if is_held(mark):
+        return replace(state, status="running", why="a process is at work", command=command)
+    if any(state.folder.glob("checkpoints/*")) and "--resume" not in command:
+        command += " --resume"
+    why = "no process is at work on it: it was stopped or killed"
+    return replace(state, status="unfinished", why=why, command=command)
 
 
 def counts_text(run: Row) -> str:
-    """The first four numbers that a run.json counts: "8 rows, 3 pairs"."""
+    """Write the first four numbers that a run.json counts.
+
+    >>> counts_text({"counts": {"rows": 1234, "flagged_pairs": 3}, "partial": True})
+    '1,234 rows, 3 flagged pairs, partial'
+    """
     counts = run.get("counts")
+    if not isinstance(counts, dict):
+        counts = {}
     shown = []
-    for name, value in counts.items() if isinstance(counts, dict) else ():
-        if number(value) is not None:
-            shown.append(f"{number(value):,.0f} {one_line(name, 20)}")
-    partial = ["partial"] if run.get("partial") else []
-    return ", ".join(shown[:4] + partial).replace("_", " ")
+    for name, value in counts.items():
+        amount = number(value)
+        if amount is not None:
+            shown.append(f"{amount:,.0f} {one_line(name, 20)}")
+    shown = shown[:4]
+    if run.get("partial"):
+        shown.append("partial")
+    return ", ".join(shown).replace("_", " ")
 
 
 def renewed_input(path: Path, places: dict[str, Path], known: dict[Path, StepState | None]) -> str:
-    """Which input of a step is not what it was, in words; "" where each is."""
+    """Say which input of a step is not what it was; "" where each is."""
     behind = ""
     for name, sha256 in files_of(path, "inputs").items():
-        writer = places[name].parent
-        if not is_step(writer):
+        place = places[name]
+        if not is_step(place.parent):
             continue
-        if files_of(writer, "outputs").get(places[name].name, sha256) != sha256:
+        if files_of(place.parent, "outputs").get(place.name, sha256) != sha256:
             return f"made again since: {one_line(name)}"
-        state = known.get(writer.resolve())
+        state = known.get(place.parent.resolve())
         if state and state.status != "finished":
             behind = f"made from {one_line(state.folder)}, which is {state.status}"
     return behind
 
 
 def verdicts_are_newer(path: Path) -> bool:
-    """Whether a folder of step 2 has verdicts that its clean set was not made with."""
-    log, applied = path / "decisions.jsonl", read_object(path / "apply.json")
+    """Tell whether a folder of step 2 has verdicts that its clean set was not made with."""
+    log = path / DECISIONS
     now = sha256_of(log) if log.exists() else None
+    applied = read_object(path / "apply.json")
     return applied.get("decisions_sha256", now) != now
 
 
 def lineage(folder: Path) -> list[StepState]:
-    """The steps that a folder's files came from, rows first and the folder last, all hashed again.
+    """Return the steps that a folder's files came from, rows first, all hashed again.
 
     Every input in a run.json leads to the folder it lies in. Of a folder of steps: all of them.
     """
     known: dict[Path, StepState | None] = {}
-    for state in [] if is_step(folder) else pipeline_states(folder):
-        walk_back(state.folder, known)
-    walk_back(folder, known)
+    if is_step(folder):
+        walk_back(folder, known)
+    else:
+        for state in pipeline_states(folder):
+            walk_back(state.folder, known)
     if not known:
         raise UserError(f"{folder} is no step's folder and holds none: name one, such as out/eval")
     hashes: dict[Path, str] = {}
@@ -834,30 +1377,32 @@ def lineage(folder: Path) -> list[StepState]:
 
 
 def hash_again(state: StepState, hashes: dict[Path, str]) -> StepState:
-    """A step's state once every file that it read or wrote is hashed; `hashes` are known ones."""
+    """Return a step's state once all that it read or wrote is hashed; `hashes` are known ones."""
     if state.status in ("running", "unfinished"):
         return state
-    folder, edited, changed = state.folder, [], []
-    inputs, outputs = files_of(folder, "inputs"), files_of(folder, "outputs")
+    outputs = files_of(state.folder, "outputs")
+    edited = []
     for name, sha256 in outputs.items():
-        if hash_of(folder / name, hashes) != sha256:
+        if hash_of(state.folder / name, hashes) != sha256:
             edited.append(name)
+    inputs = files_of(state.folder, "inputs")
+    changed = []
     for name, sha256 in inputs.items():
-        if hash_of(find_input(name, folder), hashes) != sha256:
+        if hash_of(find_input(name, state.folder), hashes) != sha256:
             changed.append(name)
 
     if edited:
-        return state._replace(status="edited", why=f"edited or gone: {some(edited)}")
+        return replace(state, status="edited", why=f"edited or gone: {name_three(edited)}")
     if changed:
-        return state._replace(status="stale", why=f"changed since, or gone: {some(changed)}")
+        return replace(state, status="stale", why=f"changed since, or gone: {name_three(changed)}")
     if state.status != "finished":
         return state
     why = f"{len(inputs) + len(outputs):,} files as recorded, by hash"
-    return state._replace(why=why, whole=True)
+    return replace(state, why=why, whole=True)
 
 
 def hash_of(path: Path, hashes: dict[Path, str]) -> str | None:
-    """The sha256 of a file, each hashed once; None where there is none."""
+    """Return the sha256 of a file, each hashed once; None where there is none."""
     if not os.path.isfile(path):
         return None
     key = path.resolve()
@@ -866,681 +1411,970 @@ def hash_of(path: Path, hashes: dict[Path, str]) -> str | None:
     return hashes[key]
 
 
-def some(names: list[str]) -> str:
-    """The first three of some names."""
-    return ", ".join(map(one_line, names[:3])) + f" and {len(names) - 3} more" * (len(names) > 3)
+def step_parts(states: list[StepState]) -> Parts:
+    """Show each step with its state and reason, in two lines."""
+    parts = []
+    for state in states:
+        sign, colour = STATUS_LOOKS[state.status]
+        parts.append((f"{sign} {state.status:<11}", colour))
+        parts.append((f"{one_line(state.script):<20}", "bold"))
+        parts.append((f"{state.counts}\n", ""))
+        parts.append((f"{'':13}{one_line(state.folder)}  {state.why}\n", DIM))
+    return parts
+
+
+def first_unfinished(states: list[StepState]) -> StepState | None:
+    """Return the first step that needs something, if any."""
+    for state in states:
+        if state.status != "finished":
+            return state
+    return None
+
+
+def command_to_run(states: list[StepState]) -> str:
+    """Return what to run next; "" where there is nothing to run now."""
+    state = first_unfinished(states)
+    if not state or state.status == "running":
+        return ""
+    return printable(state.command)
+
+
+def next_parts(states: list[StepState]) -> Parts:
+    """Say what to run next, or why nothing."""
+    label = ("\nnext  ", DIM)
+    command = command_to_run(states)
+    if command:
+        return [label, (command, "bold")]
+    running = first_unfinished(states)
+    if running:
+        return [label, (f"wait for {running.script}.py, which is running", "")]
+    text = "nothing: all steps are finished"
+    left = sum(count_undecided(state.folder) for state in states)
+    if left:
+        text += f"; {left:,} pairs are undecided: review them, then apply"
+    return [label, (text, "")]
 
 
 def pipeline_parts(states: list[StepState]) -> Parts:
-    """The steps with their state and reason, then what to run next."""
-    parts = []
-    for state in states:
-        sign, tone = SIGNS[state.status]
-        parts += [(f"{sign} {state.status:<11}", tone), (f"{state.script:<20}", "bold")]
-        parts += [
-            (f"{state.counts}\n", ""),
-            (f"{'':13}{one_line(state.folder)}  {state.why}\n", DIM),
-        ]
-    todo = next((state for state in states if state.status != "finished"), None)
-    if todo and todo.status != "running":
-        return [*parts, ("\nnext  ", DIM), (todo.command, "bold")]
-    left = sum(undecided(state.folder) for state in states)
-    text = f"; {left:,} pairs are undecided: review them, then apply" if left else ""
-    text = f"nothing: all steps are finished{text}"
-    text = f"wait for {todo.script}.py, which is running" if todo else text
-    return [*parts, ("\nnext  ", DIM), (text, "")]
+    """Show the steps with their state and reason, then what to run next."""
+    return step_parts(states) + next_parts(states)
 
 
-def undecided(folder: Path) -> int:
-    """The pairs of a folder of step 2 that had no verdict when its clean set was written."""
+def count_undecided(folder: Path) -> int:
+    """Return how many pairs of step 2 had no verdict when its clean set was written."""
     counts = read_object(folder / "apply.json").get("counts")
-    count = counts.get("undecided_pairs") if isinstance(counts, dict) else 0
+    if not isinstance(counts, dict):
+        return 0
+    count = counts.get("undecided_pairs")
     return count if type(count) is int else 0
 
 
+# --- summary --------------------------------------------------------------------------------------
+
+LONGEST_SUMMARY = 10**6  # characters
+
+
 def summary(folder: Path) -> str:
-    """Pairs, verdicts, training, results and the next command, for a pipe or a log."""
-    path = find(folder, *PAIRS)
-    (pairs, bad), verdicts = load_pairs(path), Verdicts(path.with_name("decisions.jsonl"), "")
-    verdicts.poll()
-    found = [(f"{len(pairs):,} flagged pairs in {one_line(path.parent)}, ", "")]
-    found += review_parts(pairs, verdicts, path.parent)
-    parts = [*(found if pairs else NO_PAIRS), ("\n\n", "")]
-    parts += [(f"{len(bad):,} unreadable lines: {', '.join(bad[:3])}\n\n", "")] * bool(bad)
-    path = find(folder, *LOG)
-    log, tail = RunLog(), Tail(path)
-    while (rows := tail.read()) or tail.more:
-        deque(map(log.add, rows), maxlen=0)
-    alarms = alarms_of(log, path, time.time()) if log.latest else []
-    parts += [*run_parts(log), *((f"\nALARM: {text}", "") for text in alarms), ("\n\n", "")]
-    rows = load_results(find(folder, "eval", "results.json"))
-    parts += [*result_parts(rows, next(iter(RESULT_ORDERS)), True), ("\n", "")]
+    """Write pairs, verdicts, training, results and the next command, for a pipe or a log."""
+    parts = review_summary(folder)
+    parts.append(("\n\n", ""))
+    parts += watch_summary(folder)
+    parts.append(("\n\n", ""))
+    rows = load_results(find_file(folder, RESULTS))
+    parts += result_parts(rows, RESULT_ORDERS[0], wide=True)
+    parts.append(("\n", ""))
     parts += pipeline_parts(pipeline_states(folder))
-    return printable("".join(text for text, _ in parts), 10**6)
+    return printable(text_of(parts), LONGEST_SUMMARY)
+
+
+def review_summary(folder: Path) -> Parts:
+    """Say how the review stands."""
+    path = find_file(folder, PAIRS)
+    pairs, bad = load_pairs(path)
+    verdicts = Verdicts(path.with_name(DECISIONS), reviewer="")
+    verdicts.poll()
+    parts = [(NO_PAIRS, "bold")]
+    if pairs:
+        parts = [(f"{len(pairs):,} flagged pairs in {one_line(path.parent)}, ", "")]
+        parts += review_parts(pairs, verdicts, path.parent)
+    if bad:
+        parts.append((f"\n\n{unreadable_text(bad)}", ""))
+    return parts
+
+
+def watch_summary(folder: Path) -> Parts:
+    """Say how the training run stands."""
+    path = find_file(folder, TRAIN_LOG)
+    log = RunLog()
+    for row in Tail(path).read_all():
+        log.add(row)
+    parts = run_parts(log)
+    if log.latest:
+        for text in alarms_of(log, path, time.time()):
+            parts.append((f"\nALARM: {text}", ""))
+    return parts
+
+
+# --- widgets --------------------------------------------------------------------------------------
+
+MOVES = {  # keys -> by how many lines, and its name
+    "down,j": (1, "Down"),
+    "up,k": (-1, "Up"),
+    "pagedown,ctrl+d": (10, "10 down"),
+    "pageup,ctrl+u": (-10, "10 up"),
+    "home": (-(10**9), "First"),
+    "end,G": (10**9, "Last"),
+}
+# What takes text or another key acts at once, before the next key finds its receiver: over a slow
+# link several arrive together, and the words of a filter are no verdicts.
+AT_ONCE = ("filter", "note", "mark", "fields", "leave")
+
+
+def footer_key(keys: str, action: str, name: str, tooltip: str) -> Binding:
+    """Bind keys to an action whose name the footer shows."""
+    return Binding(keys, action, name, tooltip=tooltip, priority=action in AT_ONCE)
+
+
+def other_key(keys: str, action: str, tooltip: str) -> Binding:
+    """Bind keys to an action that only the list of all keys shows."""
+    return Binding(keys, action, tooltip, show=False, priority=action in AT_ONCE)
+
+
+def assemble(parts: Parts) -> Content:
+    """Return parts as Textual draws them; their text is no markup."""
+    return Content.assemble(*parts)
+
+
+class PartsView(Static):
+    """Parts that are drawn again only when they differ."""
+
+    def __init__(self, id: str | None = None, classes: str = "") -> None:
+        super().__init__(id=id, classes=classes)
+        self.parts: Parts = []
+
+    def put(self, parts: Parts) -> None:
+        """Show these parts from now on."""
+        if parts != self.parts:
+            self.parts = parts
+            self.update(assemble(parts))
+
+
+class Lines(ScrollView, can_focus=True, inherit_bindings=False):
+    """A list that renders only the lines in sight: 10,000 cost what 20 do."""
+
+    DEFAULT_CSS = """
+    Lines { height: 1fr; scrollbar-size: 1 1; overflow-x: hidden; text-wrap: nowrap; }
+    """
+    BINDINGS = [other_key(keys, f"move({by})", name) for keys, (by, name) in MOVES.items()]
+    cursor = reactive(0, init=False)
+
+    class Moved(Message):
+        """The cursor is on another line."""
+
+    def __init__(self, draw_line: Callable[[int], Parts]) -> None:
+        super().__init__(id="pairs", classes="main")
+        self.draw_line = draw_line
+        self.count = 0
+
+    def fill(self, count: int, cursor: int) -> None:
+        """Show lines 0 to count - 1 from now on, with the cursor on one of them."""
+        self.count = count
+        self.virtual_size = Size(1, count)
+        self.set_reactive(Lines.cursor, self.validate_cursor(cursor))
+        self.scroll_to_cursor()
+        self.refresh()
+
+    def scroll_to_cursor(self) -> None:
+        """Bring the cursor into sight."""
+        self.scroll_to_region(Region(0, self.cursor, 1, 1), animate=False)
+
+    def validate_cursor(self, cursor: int) -> int:
+        return max(0, min(cursor, self.count - 1))
+
+    def watch_cursor(self, old: int) -> None:
+        self.scroll_to_cursor()
+        self.refresh_line(old)
+        self.refresh_line(self.cursor)
+        self.post_message(self.Moved())
+
+    def action_move(self, by: int) -> None:
+        self.cursor += by
+
+    def on_click(self, event: events.Click) -> None:
+        self.cursor = round(self.scroll_y) + event.y
+
+    def render_line(self, y: int) -> Strip:
+        index = y + round(self.scroll_y)
+        parts = self.draw_line(index) if index < self.count else []
+        if parts and index == self.cursor:
+            text = text_of(parts).ljust(self.size.width)
+            parts = [(f"▸{text}", "reverse" if self.has_focus else "underline")]
+        else:
+            parts = [(" ", ""), *parts]
+        strips = Visual.to_strips(self, assemble(parts), self.size.width, 1, self.visual_style)
+        return strips[0]
+
+
+# --- tabs -----------------------------------------------------------------------------------------
+
+TABS = ("review", "watch", "results", "pipeline")  # keys 1 to 4
+
+
+def tab_title(name: str, faulty: bool = False) -> str:
+    """Return a tab's key and name, and whether its files have a fault: "2 Watch!"."""
+    mark = "!" if faulty else ""
+    return f"{TABS.index(name) + 1} {name.title()}{mark}"
+
+
+class Pane(Vertical):
+    """A tab: looks at its files every POLL seconds, and says what cannot be read."""
+
+    SCOPED_CSS = False  # rules for a narrow screen are not about what is within a tab alone
+    DEFAULT_CSS = """
+    Pane, .body { height: 1fr; }
+    .head, .fault { height: auto; padding: 0 1; }
+    .fault { display: none; max-height: 6; color: $text-error; text-style: bold reverse; }
+    .-narrow .head { max-height: 2; }
+    """
+
+    @dataclass
+    class FaultChanged(Message):
+        """A tab's files have a fault, or none any more."""
+
+        tab: str
+        faulty: bool
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(id=name)
+        self.folder = folder
+        self.fault = PartsView(classes="fault")
+        self.faulty = False
+
+    def on_mount(self) -> None:
+        self.look()
+        self.set_interval(POLL, self.look)
+
+    def poll(self) -> str:
+        """Read and draw what is new; return what is wrong with it, or "". Raises OSError."""
+        raise NotImplementedError
+
+    def look(self) -> None:
+        """Read and draw what is new, or say why that cannot be done."""
+        try:
+            fault = self.poll()
+        except (OSError, UserError) as error:
+            fault = f"Cannot be read: {error}"
+        self.fault.put([(one_line(fault, 500), "")])
+        if bool(fault) != self.faulty:
+            self.faulty = bool(fault)
+            self.fault.display = self.faulty
+            self.post_message(self.FaultChanged(self.id, self.faulty))
+
+
+class Review(Pane):
+    """The flagged pairs, and the one under the cursor with what differs marked."""
+
+    SCOPED_CSS = False
+    DEFAULT_CSS = """
+    #list { width: 36%; max-width: 60; border-right: solid $primary; }
+    #filter { height: 1; border: none; padding: 0 1; display: none; }
+    #sides VerticalScroll { height: 1fr; width: 1fr; padding: 0 1; border-top: solid $primary; }
+    .-wide #sides { layout: horizontal; }
+    .-narrow #body { layout: vertical; }
+    .-narrow #list { width: 100%; max-width: 100%; height: 40%; border-right: none; }
+    .-narrow #sides VerticalScroll { height: auto; border: none; }
+    """
+    BINDINGS = [
+        *(
+            footer_key(key, f"decide('{verdict}')", SHORT_NAMES.get(verdict, verdict), meaning)
+            for key, (verdict, meaning) in KEYS.items()
+        ),
+        footer_key("a", "accept", "accept", "Take the suggested class as the verdict"),
+        footer_key("u", "undo", "undo", "Take this session's last verdict back, by a new line"),
+        footer_key("e", "note", "note", "Write a note on the pair"),
+        other_key("space", "next", "Go to the next undecided pair"),
+        footer_key(
+            "slash", "filter", "filter", "Filter: words, field:value, cosine>0.9; escape ends it"
+        ),
+        other_key("f", "fields", "Filter by a source, benchmark, subject, class or suggestion"),
+        other_key("o", "order", "Sort by state, cosine, source, benchmark, class, suggestion"),
+        other_key("m", "mark", "Give all undecided pairs of the list one verdict, after asking"),
+        other_key("J,shift+down", "texts(3)", "Scroll the texts, or these keys, down"),
+        other_key("K,shift+up", "texts(-3)", "Scroll them up"),
+        other_key("escape", "unfilter", "End the filter"),
+    ]
+
+    def __init__(self, folder: Path, reviewer: str) -> None:
+        super().__init__(folder, "review")
+        self.reviewer = reviewer
+        self.orders = deque(ORDERS)  # the first is in use
+        self.progress = PartsView("progress", "head")
+        self.listed = PartsView("listed", "head")
+        self.filter = Input(placeholder="words source:x cosine>0.9", id="filter")
+        self.list = Lines(self.draw_line)
+        self.head = PartsView("pair", "head")
+        self.train = PartsView("train")
+        self.test = PartsView("test")
+        self.shown_id: str | None = None  # the pair whose texts are shown
+        self.usable: tuple[bool, bool] | None = None  # a pair to decide on, something to undo
+        self.open_files()
+
+    def open_files(self) -> None:
+        """Begin with the files as they are named now, and nothing read of them."""
+        self.path = find_file(self.folder, PAIRS)
+        self.verdicts = Verdicts(self.path.with_name(DECISIONS), self.reviewer)
+        self.history: list[dict[str, Row]] = []  # {pair_id: what stood before} of each save()
+        self.seen: Stamp | None = None  # of the pairs that were read
+        self.pairs: list[Row] = []
+        self.shown: list[Row] = []  # those that pass the filter, in order
+        self.bad: list[str] = []  # places that could not be read
+
+    def compose(self) -> ComposeResult:
+        yield self.fault
+        yield self.progress
+        with Horizontal(id="body", classes="body"):
+            with Vertical(id="list"):
+                yield self.listed
+                yield self.filter
+                yield self.list
+            with Vertical():
+                yield self.head
+                with VerticalScroll(id="sides", classes="body", can_focus=False):
+                    yield VerticalScroll(self.train, can_focus=False)
+                    yield VerticalScroll(self.test, can_focus=False)
+
+    def poll(self) -> str:
+        if not self.pairs and find_file(self.folder, PAIRS) != self.path:
+            self.open_files()
+        has_new_verdicts = self.verdicts.poll()
+        stamp = stamp_of(self.path)
+        if stamp != self.seen:
+            self.pairs, self.bad = load_pairs(self.path)
+            self.seen = stamp
+            gc.freeze()  # else, each second, a walk over all pairs delays a key by 0.1 s
+            self.relist()
+        elif has_new_verdicts:
+            self.draw()
+        return self.faults()
+
+    def faults(self) -> str:
+        """Say what is wrong with the files as they were read, or ""."""
+        texts = []
+        if self.bad:
+            texts.append(unreadable_text(self.bad))
+        strange = set(self.verdicts.last) - {pair["pair_id"] for pair in self.pairs}
+        if strange and self.pairs:
+            texts.append(f"{len(strange):,} verdicts are on other pairs than these; they stay")
+        return "; ".join(texts)
+
+    @property
+    def pair(self) -> Row:
+        """The pair under the cursor; {} where the list is empty."""
+        return self.shown[self.list.cursor] if self.shown else {}
+
+    def relist(self, pair_id: str | None = None) -> None:
+        """List what passes the filter, with the cursor on this pair, else on the first."""
+        self.shown = select_pairs(self.pairs, self.verdicts, self.filter.value, self.orders[0])
+        listed = [pair["pair_id"] for pair in self.shown]
+        cursor = listed.index(pair_id) if pair_id in listed else 0
+        self.list.fill(len(self.shown), cursor)
+        self.draw()
+
+    def draw_line(self, index: int) -> Parts:
+        """Return a line of the list."""
+        pair = self.shown[index]
+        verdict = self.verdicts.of(pair)
+        look = LOOKS[verdict]
+        origin = one_line(f"{pair['source']} × {pair['benchmark']} {pair['subject']}", 80)
+        style = DIM if verdict else ""
+        return [(look.letter, look.colour), (f" {pair['cosine']:.3f} {origin}", style)]
+
+    def draw(self) -> None:
+        """Draw what a verdict changes: all but the texts of the pair."""
+        parts = [(NO_PAIRS, "bold")]
+        if self.pairs:
+            width = min(40, max(4, self.app.size.width - 72))  # the words beside it take 72
+            parts = review_parts(self.pairs, self.verdicts, self.path.parent, width)
+        self.progress.put(parts)
+        count = f"{len(self.shown):,}"
+        if len(self.shown) < len(self.pairs):
+            count += f" of {len(self.pairs):,}"
+        self.listed.put([(f"{count}, {self.orders[0]}", DIM)])
+        self.list.refresh()
+        self.draw_pair()
+
+        usable = (bool(self.shown), bool(self.history))
+        if self.usable != usable:
+            self.usable = usable
+            self.refresh_bindings()
+
+    def draw_pair(self) -> None:
+        """Draw the pair under the cursor, from its top where it is a new one."""
+        pair = self.pair
+        if pair:
+            line = self.verdicts.last.get(pair["pair_id"], {})
+            parts = pair_parts(pair, line, plain=self.app.no_color)
+        else:
+            text = f"No pair passes. Fields: {', '.join(FACETS)}, cosine." if self.pairs else ""
+            parts = PairParts(head=[(text, "bold")], train=[], test=[])
+        self.head.put(parts.head)
+        self.train.put(parts.train)
+        self.test.put(parts.test)
+        if self.shown_id != pair.get("pair_id"):
+            self.shown_id = pair.get("pair_id")
+            for side in self.query(VerticalScroll):
+                side.scroll_home(animate=False)
+
+    def on_lines_moved(self) -> None:
+        self.draw_pair()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "undo" and not self.history:
+            return None  # in the footer, but dim
+        if action == "unfilter":
+            return True
+        if self.filter.has_focus:  # keys are text
+            return False
+        return bool(self.shown) or action in ("filter", "fields", "order")
+
+    async def save(self, changes: dict[str, Row]) -> bool:
+        """Write {pair_id: what changes, verdict or note}; tell whether all of it is on the disk.
+
+        What is, is one entry of the history.
+        """
+        before: dict[str, Row] = {}
+        try:
+            for count, (pair_id, change) in enumerate(changes.items(), 1):
+                stood = self.verdicts.write(pair_id, change)
+                if not before:
+                    self.history.append(before)
+                before[pair_id] = stood
+                if count % 20 == 0:  # the screen and other keys have their turn
+                    self.draw()
+                    await asyncio.sleep(0)
+        except (OSError, ValueError) as error:
+            text = f"Not saved, so not decided: {one_line(error)}"
+            self.app.notify(text, severity="error", timeout=20, markup=False)
+            return False
+        finally:
+            self.draw()
+        return True
+
+    async def action_decide(self, verdict: str) -> None:
+        if await self.save({self.pair["pair_id"]: {"verdict": verdict}}):
+            self.action_next()
+
+    async def action_accept(self) -> None:
+        if self.pair["suggested"] in VERDICTS:
+            await self.action_decide(self.pair["suggested"])
+        else:
+            self.app.notify("No class is suggested for this pair: decide by d, g, s or n")
+
+    def action_next(self) -> None:
+        start = self.list.cursor + 1
+        for index in [*range(start, len(self.shown)), *range(start)]:
+            if not self.verdicts.of(self.shown[index]):
+                self.list.cursor = index
+                return
+
+    async def action_undo(self) -> None:
+        before = self.history[-1]
+        if await self.save(before):
+            del self.history[-2:]  # undoing is not itself undone
+            self.relist(next(iter(before)))
+
+    def action_note(self) -> None:
+        pair_id = self.pair["pair_id"]
+        last = self.verdicts.last.get(pair_id, {})
+
+        async def save(note: str | None) -> None:
+            if note is not None:
+                await self.save({pair_id: {"verdict": last.get("verdict"), "note": note}})
+
+        text = one_line(last.get("note"), LONGEST_SHOWN)
+        self.app.push_screen(AskLine("A note on this pair; enter saves it", text), save)
+
+    def action_mark(self) -> None:
+        undecided = [pair for pair in self.shown if not self.verdicts.of(pair)]
+        question = f"One verdict for all {len(undecided):,} undecided pairs of the list:\n"
+        for key, (verdict, _) in KEYS.items():
+            question += f"\n{key}  {verdict}"
+        question += "\na  as suggested, where it is"
+
+        def confirm(key: str) -> str:
+            verdict = KEYS[key][0] if key in KEYS else "as suggested"
+            count = len(self.mark_changes(undecided, key))
+            return f"Write {count:,} verdicts, {verdict}?"
+
+        async def save(key: str | None) -> None:
+            if key:
+                await self.save(self.mark_changes(undecided, key))
+
+        self.app.push_screen(AskKey(question, [*KEYS, "a"], confirm), save)
+
+    def mark_changes(self, pairs: list[Row], key: str) -> dict[str, Row]:
+        """Return what save() takes for a key's verdict, or "a" the suggested, on all these pairs.
+
+        Those are left out that another reviewer has decided since.
+        """
+        changes = {}
+        for pair in pairs:
+            verdict = KEYS[key][0] if key in KEYS else pair["suggested"]
+            if verdict in VERDICTS and not self.verdicts.of(pair):
+                changes[pair["pair_id"]] = {"verdict": verdict}
+        return changes
+
+    def action_filter(self) -> None:
+        self.filter.display = True
+        self.filter.focus()
+
+    def action_unfilter(self) -> None:
+        self.filter.value = ""
+        self.filter.display = False
+        self.list.focus()
+
+    def on_input_changed(self) -> None:
+        self.relist(self.pair.get("pair_id"))
+
+    def on_input_submitted(self) -> None:
+        self.list.focus()
+
+    def action_fields(self) -> None:
+        counts: Counter[tuple[str, str]] = Counter()
+        for pair in self.pairs:
+            verdict = self.verdicts.of(pair)
+            counts.update((name, facet(pair, name, verdict)) for name in FACETS)
+        found = [(name, value) for name, value in sorted(counts) if value][:500]
+
+        def add(chosen: int | None) -> None:
+            if chosen is not None:
+                name, value = found[chosen]
+                typed = self.filter.value.rstrip()
+                self.filter.display = True
+                self.filter.value = f"{typed} {name}:{shlex.quote(value)} ".lstrip()
+
+        choices = [f"{name}: {value}  ({counts[name, value]:,})" for name, value in found]
+        self.app.push_screen(AskChoice("List only the pairs with", choices), add)
+
+    def action_order(self) -> None:
+        self.orders.rotate(-1)
+        self.relist(self.pair.get("pair_id"))
+
+    def action_texts(self, by: int) -> None:
+        sides = self.screen.query("KeyPanel")
+        if not sides:
+            sides = self.query(VerticalScroll)
+        for side in sides:
+            side.scroll_relative(y=by, animate=False)
+
+
+class Watch(Pane):
+    """A training run: alarms, figures, curves, events."""
+
+    SCOPED_CSS = False
+    DEFAULT_CSS = """
+    #charts { layout: grid; grid-size: 2; height: 3fr; &.-one { grid-size: 1; } }
+    #events { height: 4; padding: 0 1; border-top: solid $primary; }
+    .-tall #events { height: 1fr; }
+    .-narrow #charts { grid-size: 1; }
+    .-narrow #figures { max-height: 25%; }
+    """
+    BINDINGS = [
+        footer_key("c", "chart", "one chart", "One chart at a time, or all four"),
+        footer_key("l", "scale", "log scale", "Logarithmic or linear values"),
+        footer_key(
+            "f", "follow", "follow", "Keep the newest event in sight, or stay where one reads"
+        ),
+    ]
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "watch")
+        self.figures = PartsView("figures", "head")
+        self.plots = {name: PlotextPlot(id=name) for name in CURVES}
+        self.charts = Container(*self.plots.values(), id="charts")
+        self.lines = PartsView("log")
+        self.events = VerticalScroll(self.lines, id="events", classes="main")
+        self.alone = deque([None, *CURVES])  # the first is the only chart shown; None: all are
+        self.logarithmic = False
+        self.open_log()
+
+    def open_log(self) -> None:
+        """Begin with the log as it is named now; of a long one, its end stands for all at first."""
+        self.path = find_file(self.folder, TRAIN_LOG)
+        self.tail = Tail(self.path)
+        self.training = RunLog()
+        self.end = RunLog()
+        if stamp_of(self.path).size > LOG_CHUNK:
+            self.end = read_end(self.path)
+        self.outdated = True  # the curves
+        self.due = 0.0  # time.monotonic() from which they may be drawn while a log is read
+
+    def compose(self) -> ComposeResult:
+        yield self.fault
+        yield self.figures
+        yield self.charts
+        yield self.events
+
+    def on_mount(self) -> None:
+        self.events.anchor()
+        self.app.theme_changed_signal.subscribe(self, lambda _: self.draw_charts())
+
+    def poll(self) -> str:
+        if not self.tail.offset and self.path != find_file(self.folder, TRAIN_LOG):
+            self.open_log()
+        rows = self.tail.read()
+        if self.tail.restarted:
+            self.training = RunLog()
+        for row in rows:
+            self.training.add(row)
+        if rows or self.tail.restarted:
+            self.outdated = True
+        if self.tail.more:
+            self.set_timer(0.001, self.look)  # the rest of a long log, keys in between
+
+        self.draw()
+        if not self.training.latest:
+            return ""
+        alarms = alarms_of(self.training, self.path, time.time())
+        return "; ".join(f"ALARM: {text}" for text in alarms)
+
+    def draw(self) -> None:
+        """Draw figures and events, and the curves where they are outdated."""
+        reading = self.tail.more
+        known = self.end if reading and self.end.latest else self.training
+        parts = run_parts(known)
+        done = self.tail.offset / max(1, stamp_of(self.path).size)
+        if reading and done < 1:
+            parts.append((f"  reading the log, {done:.0%}", "bold reverse"))
+        self.figures.put(parts)
+
+        lines = [event_text(row) for row in self.training.events]
+        if self.tail.bad:
+            lines.insert(0, f"{self.tail.bad:,} unreadable lines")
+        self.lines.put([("\n".join(lines), "")])
+        self.events.border_title = "following" if self.events.is_anchored else "f to follow"
+        self.charts.display = bool(self.training.latest)
+        if self.outdated and (not reading or time.monotonic() > self.due):
+            self.outdated = False
+            self.due = time.monotonic() + 2 * POLL
+            self.draw_charts()
+
+    def draw_charts(self) -> None:
+        """Draw all curves, or one where there is no room for four or it was asked for."""
+        is_small = self.app.size.width < 72 or self.app.size.height < 20
+        alone = self.alone[0]
+        if not alone and is_small:
+            alone = "loss"
+        self.charts.set_class(bool(alone), "-one")
+        smoothed = (self.training.curves["smoothed"].buckets, "cyan+")
+        for name, plot in self.plots.items():
+            plot.display = alone in (None, name)
+            plot.theme = "clear" if self.app.current_theme.ansi else "auto"
+            buckets = self.training.curves[name].buckets
+            curves = [(buckets, "gray"), smoothed] if name == "loss" else [(buckets, "cyan+")]
+            draw_curves(plot.plt, CURVES[name], curves, self.logarithmic)
+            plot.refresh()
+
+    def on_resize(self) -> None:
+        self.outdated = True  # fewer charts where there is less room
+
+    def action_chart(self) -> None:
+        self.alone.rotate(-1)
+        self.draw_charts()
+
+    def action_scale(self) -> None:
+        self.logarithmic = not self.logarithmic
+        self.draw_charts()
+
+    def action_follow(self) -> None:
+        self.events.anchor(not self.events.is_anchored)
+
+
+class Results(Pane):
+    """Step 5's comparisons."""
+
+    DEFAULT_CSS = """
+    #results-table { width: auto; text-wrap: nowrap; }
+    """
+    BINDINGS = [footer_key("o", "order", "order", "Sort by gain, loss, name, or benchmarks first")]
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "results")
+        self.table = PartsView("results-table")
+        self.orders = deque(RESULT_ORDERS)  # the first is in use
+        self.seen: Stamp | None = None  # of the results that were read
+        self.rows: list[Row] = []
+
+    def compose(self) -> ComposeResult:
+        yield self.fault
+        yield VerticalScroll(self.table, classes="main")
+
+    def poll(self) -> str:
+        path = find_file(self.folder, RESULTS)
+        stamp = stamp_of(path)
+        if self.seen != stamp:
+            self.rows = load_results(path)
+            self.seen = stamp
+        wide = self.app.size.width >= WIDE
+        self.table.put(result_parts(self.rows, self.orders[0], wide))
+        return ""
+
+    def action_order(self) -> None:
+        self.orders.rotate(-1)
+        self.look()
+
+
+class Pipeline(Pane):
+    """The five steps, and what to run next."""
+
+    DEFAULT_CSS = """
+    #steps { padding: 0 1; }
+    """
+    BINDINGS = [footer_key("y", "copy", "copy the command", "Copy the next command, by OSC 52")]
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "pipeline")
+        self.steps = PartsView("steps")
+        self.states: list[StepState] = []
+        self.due = 0.0  # time.monotonic() of the next look at all folders
+
+    def compose(self) -> ComposeResult:
+        yield self.fault
+        yield VerticalScroll(self.steps, classes="main")
+
+    def poll(self) -> str:
+        if time.monotonic() >= self.due:
+            self.states = pipeline_states(self.folder)
+            self.due = time.monotonic() + POLL_STEPS
+            self.steps.put(pipeline_parts(self.states))
+        return ""
+
+    def action_copy(self) -> None:
+        command = command_to_run(self.states)
+        if command:
+            self.app.copy_to_clipboard(command)
+            self.app.notify("Copied, where the terminal allows it")
+        else:
+            self.app.notify("There is nothing to run")
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+class Ask(ModalScreen[Any]):
+    """A question over the tabs; escape answers None."""
+
+    AUTO_FOCUS = "Input, OptionList"
+    DEFAULT_CSS = """
+    Ask { align: center middle; }
+    Ask > Vertical {
+        width: 64; max-width: 95%; height: auto; max-height: 100%; padding: 1 2;
+        border: round $primary; background: $surface;
+    }
+    Ask OptionList { max-height: 50vh; }
+    """
+    BINDINGS = [footer_key("escape", "dismiss(None)", "cancel", "Change nothing")]
+
+    def __init__(self, question: str) -> None:
+        super().__init__()
+        self.question = Static(Content(f"{question}\n\nescape  cancel"))
+
+    def compose(self) -> ComposeResult:
+        with Vertical():
+            yield self.question
+            yield from self.compose_answers()
+
+    def compose_answers(self) -> ComposeResult:
+        """Yield what the question is answered with, below it; nothing where keys answer it."""
+        yield from ()
+
+
+class AskLine(Ask):
+    """A question that a line of text answers, which begins as `text`."""
+
+    def __init__(self, question: str, text: str) -> None:
+        super().__init__(question)
+        self.text = text
+
+    def compose_answers(self) -> ComposeResult:
+        yield Input(self.text)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        self.dismiss(event.value)
+
+
+class AskChoice(Ask):
+    """A question that one of the choices answers, by its index."""
+
+    def __init__(self, question: str, choices: list[str]) -> None:
+        super().__init__(question)
+        self.choices = choices
+
+    def compose_answers(self) -> ComposeResult:
+        options = map(Content, self.choices)
+        yield OptionList(*options)
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        self.dismiss(event.option_index)
+
+
+class AskKey(Ask):
+    """A question that one of the keys answers, once y has said yes to confirm(key)."""
+
+    def __init__(self, question: str, keys: list[str], confirm: Callable[[str], str]) -> None:
+        super().__init__(question)
+        self.keys = keys
+        self.confirm = confirm
+        self.answer = ""
+
+    def on_key(self, event: events.Key) -> None:
+        if event.key not in self.keys:
+            return
+        event.stop()  # else it goes on to what is below, as a verdict
+        if self.answer:
+            self.dismiss(self.answer)
+            return
+        self.answer = event.key
+        self.keys = ["y"]  # on this screen, not on another: no key falls between two
+        text = f"{self.confirm(self.answer)}\n\ny  yes\n\nescape  cancel"
+        self.question.update(Content(text))
 
 
 # --- the app --------------------------------------------------------------------------------------
 
-MOVES = {"down,j": (1, "Down"), "up,k": (-1, "Up")}
-MOVES |= {"pagedown,ctrl+d": (10, "10 down"), "pageup,ctrl+u": (-10, "10 up")}
-MOVES |= {"home": (-(10**9), "First"), "end,G": (10**9, "Last")}
-CSS = """
-#top { height: 1; background: $panel; }
-#top Tabs { width: 46; height: 1; & Underline { display: none; } }
-#top Tab.-active { color: $primary; text-style: bold reverse; }
-#where { width: 1fr; text-align: right; color: $text-muted; padding: 0 1; }
-ContentSwitcher, Pane, .body { height: 1fr; }
-.fault { display: none; max-height: 6; color: $text-error; text-style: bold reverse; }
-.fault, .head { height: auto; padding: 0 1; }
-Lines { height: 1fr; scrollbar-size: 1 1; overflow-x: hidden; text-wrap: nowrap; }
-#list { width: 36%; max-width: 60; border-right: solid $primary; }
-#filter { height: 1; border: none; padding: 0 1; display: none; }
-#sides VerticalScroll { height: 1fr; width: 1fr; padding: 0 1; border-top: solid $primary; }
-#charts { layout: grid; grid-size: 2; height: 3fr; &.-one { grid-size: 1; } }
-#events { height: 4; padding: 0 1; border-top: solid $primary; }
-.-tall #events { height: 1fr; }
-.table { width: auto; text-wrap: nowrap; }
-VerticalScroll { scrollbar-size: 1 1; overflow-x: auto; }
-.text { padding: 0 1; }
-HelpPanel { width: 65%; max-width: 70; }
-.-narrow HelpPanel { width: 90%; }
-Ask { align: center middle; }
-Ask > Vertical { width: 64; max-width: 95%; height: auto; max-height: 100%; padding: 1 2;
-                 border: round $primary; background: $surface; }
-Ask OptionList { max-height: 50vh; }
-.-narrow FooterKey:last-of-type { dock: right; margin: 0; padding-left: 1; }
-#small { display: none; width: 100%; height: 100%; content-align: center middle; }
-.-wide #sides { layout: horizontal; }
-.-narrow #body { layout: vertical; }
-.-narrow #list { width: 100%; max-width: 100%; height: 40%; border-right: none; }
-.-narrow #charts { grid-size: 1; }
-.-narrow .head { max-height: 2; }
-.-narrow #figures { max-height: 25%; }
-.-narrow #sides VerticalScroll { height: auto; border: none; }
-.-narrow #where { display: none; }
-.-narrow Tab { padding: 0 1 0 0; }
-.-tiny > *, .-flat > * { display: none; }
-.-tiny > #small, .-flat > #small { display: block; }
-"""
 
-
-def make_app(args: argparse.Namespace) -> "App[None]":
-    """The app; its classes are made in a function so that --help loads no third-party package."""
-    from textual.app import App, ComposeResult
-    from textual.binding import Binding
-    from textual.containers import Container, Horizontal, Vertical, VerticalScroll
-    from textual.content import Content
-    from textual.geometry import Region, Size
-    from textual.reactive import reactive
-    from textual.screen import ModalScreen
-    from textual.scroll_view import ScrollView
-    from textual.strip import Strip
-    from textual.visual import Visual
-    from textual.widgets import ContentSwitcher, Footer, Input, OptionList, Static, Tab, Tabs
-    from textual_plotext import PlotextPlot
-
-    def bind(*rows: tuple[str, str, str, str]) -> list[Binding]:
-        """Bindings of (keys, action, name in the footer or "", what it does).
-
-        What takes text or another key acts at once, before the next key finds its receiver: over a
-        slow link several arrive together, and the words of a filter are no verdicts.
-        """
-        first = ("filter", "note", "mark", "fields", "leave")
-        return [
-            Binding(k, a, name or tip, bool(name), tooltip=tip * bool(name), priority=a in first)
-            for k, a, name, tip in rows
-        ]
-
-    class Lines(ScrollView, can_focus=True, inherit_bindings=False):
-        """A list that renders only the lines in sight: 10,000 cost what 20 do."""
-
-        BINDINGS = bind(*((k, f"move({by})", "", tip) for k, (by, tip) in MOVES.items()))
-        cursor = reactive(0, init=False)
-
-        def __init__(self, line: Callable[[int], Parts], moved: Callable[[], None]) -> None:
-            super().__init__(id="pairs", classes="main")
-            self.line, self.moved, self.count = line, moved, 0
-
-        def fill(self, count: int, cursor: int) -> None:
-            self.count, self.virtual_size = count, Size(1, count)
-            self.set_reactive(Lines.cursor, max(0, min(cursor, count - 1)))
-            self.watch_cursor(0)
-            self.refresh()
-
-        def validate_cursor(self, cursor: int) -> int:
-            return max(0, min(cursor, self.count - 1))
-
-        def watch_cursor(self, old: int) -> None:
-            self.scroll_to_region(Region(0, self.cursor, 1, 1), animate=False)
-            self.refresh_line(old)
-            self.refresh_line(self.cursor)
-            self.moved()
-
-        def action_move(self, by: int) -> None:
-            self.cursor += by
-
-        def on_click(self, event: Any) -> None:
-            self.cursor = round(self.scroll_y) + event.y
-
-        def render_line(self, y: int) -> Strip:
-            index, style = y + round(self.scroll_y), "reverse" if self.has_focus else "underline"
-            parts = self.line(index) if index < self.count else []
-            if index == self.cursor and parts:
-                parts = [("▸" + "".join(t for t, _ in parts).ljust(self.size.width), style)]
-            else:
-                parts = [(" ", ""), *parts]
-            content = Content.assemble(*parts)
-            return Visual.to_strips(self, content, self.size.width, 1, self.visual_style)[0]
-
-    class Ask(ModalScreen[Any]):
-        """A question that a key, a line of text or a choice answers; escape answers None."""
-
-        AUTO_FOCUS = "Input, OptionList"
-        BINDINGS = bind(("escape", "dismiss(None)", "cancel", "Change nothing"))
-
-        def __init__(
-            self,
-            question: str,
-            keys: str = "",
-            text: Any = None,
-            of: Any = (),
-            confirm: Callable[[str], str] | None = None,
-        ) -> None:
-            super().__init__()
-            self.question, self.keys, self.text, self.choices = question, keys, text, of
-            self.confirm, self.answer = confirm, ""  # confirm: of a key, what y then says yes to
-
-        def compose(self) -> ComposeResult:
-            with Vertical():
-                yield Static(Content(self.question + "\n\nescape  cancel"))
-                if self.text is not None:
-                    yield Input(self.text)
-                if self.choices:
-                    yield OptionList(*map(Content, self.choices))
-
-        def on_key(self, event: Any) -> None:
-            if event.key not in self.keys:
-                return
-            event.stop()  # else it goes on to what is below, as a verdict
-            if not self.confirm or self.answer:
-                self.dismiss(self.answer or event.key)
-                return
-            self.answer, self.keys = event.key, "y"  # on this screen: no key falls between two
-            text = f"{self.confirm(self.answer)}\n\ny  yes\n\nescape  cancel"
-            self.query_one(Static).update(Content(text))
-
-        def on_input_submitted(self, event: Any) -> None:
-            self.dismiss(event.value)
-
-        def on_option_list_option_selected(self, event: Any) -> None:
-            self.dismiss(event.option_index)
-
-    class Pane(Vertical):
-        """A tab: looks at its files every POLL seconds, and says what cannot be read."""
-
-        def on_mount(self) -> None:
-            self.drawn: dict[str, Parts] = {}
-            self.begin()
-            self.look()
-            self.set_interval(POLL, self.look)
-
-        def look(self) -> None:
-            try:
-                fault = self.poll()
-            except (OSError, UserError) as error:
-                fault = f"Cannot be read: {error}"
-            self.query_one(".fault").display = bool(fault)
-            self.put(".fault", [(one_line(fault, 500), "")])
-            label = f"{[*panes].index(self.id) + 1} {self.id.title()}{'!' * bool(fault)}"
-            tab = self.app.query_one(f"#tab-{self.id}", Tab)
-            if tab.label_text != label:
-                tab.label = label
-
-        def put(self, selector: str, parts: Parts) -> None:
-            if self.drawn.get(selector) != parts:
-                self.drawn[selector] = parts
-                self.query_one(selector, Static).update(Content.assemble(*parts))
-
-    class Review(Pane):
-        """The flagged pairs, and the one under the cursor with what differs marked."""
-
-        BINDINGS = bind(
-            *((k, f"decide('{v}')", SHORT.get(v, v), tip) for k, (v, tip) in KEYS.items()),
-            ("a", "accept", "accept", "Take the suggested class as the verdict"),
-            ("u", "undo", "undo", "Take this session's last verdict back, by a new line"),
-            ("e", "note", "note", "Write a note on the pair"),
-            ("space", "next", "", "Go to the next undecided pair"),
-            ("slash", "filter", "filter", "Filter: words, field:value, cosine>0.9; escape ends it"),
-            ("f", "fields", "", "Filter by a source, benchmark, subject, class or suggestion"),
-            ("o", "order", "", "Sort by state, cosine, source, benchmark, class, suggestion"),
-            ("m", "mark", "", "Give all undecided pairs of the list one verdict, after asking"),
-            ("J,shift+down", "texts(3)", "", "Scroll the texts, or these keys, down"),
-            ("K,shift+up", "texts(-3)", "", "Scroll them up"),
-            ("escape", "unfilter", "", "End the filter"),
-        )
-
-        def compose(self) -> ComposeResult:
-            yield Static(classes="fault")
-            yield Static(id="progress", classes="head")
-            with Horizontal(id="body", classes="body"):
-                with Vertical(id="list"):
-                    yield Static(id="listed", classes="head")
-                    yield Input(placeholder="words source:x cosine>0.9", id="filter")
-                    yield Lines(self.line, self.show)
-                with Vertical():
-                    yield Static(id="about", classes="head")
-                    with VerticalScroll(id="sides", classes="body", can_focus=False):
-                        yield VerticalScroll(Static(id="train"), can_focus=False)
-                        yield VerticalScroll(Static(id="test"), can_focus=False)
-
-        def begin(self) -> None:
-            self.path = find(args.folder, *PAIRS)
-            self.verdicts = Verdicts(self.path.with_name("decisions.jsonl"), args.reviewer)
-            self.seen, self.bound, self.orders, self.bad = None, None, deque(ORDERS), []
-            self.read: str | None = None  # the pair whose texts are shown
-            self.pairs: list[Row] = []
-            self.shown: list[Row] = []
-            self.list = self.query_one(Lines)
-
-        def poll(self) -> str:
-            if not self.pairs and find(args.folder, *PAIRS) != self.path:
-                self.begin()
-            new, seen = self.verdicts.poll(), file_state(self.path)
-            if seen != self.seen:
-                self.pairs, self.bad = load_pairs(self.path)
-                self.seen = seen
-                gc.freeze()  # else, each second, a walk over all pairs delays a key by 0.1 s
-                self.relist()
-            elif new:
-                self.draw()
-            return self.faults()
-
-        def faults(self) -> str:
-            strange = set(self.verdicts.last) - {pair["pair_id"] for pair in self.pairs}
-            bad = f"{len(self.bad):,} unreadable lines: {', '.join(self.bad[:3])}"
-            other = f"{len(strange):,} verdicts are on other pairs than these; they stay"
-            return "; ".join([bad] * bool(self.bad) + [other] * bool(strange and self.pairs))
-
-        @property
-        def pair(self) -> Row:
-            return self.shown[self.list.cursor] if self.shown else {}
-
-        def relist(self, here: str | None = None) -> None:
-            passes, key = make_filter(self.query_one(Input).value), ORDERS[self.orders[0]]
-            known = [(pair, self.verdicts.of(pair)) for pair in self.pairs]
-            kept = sorted((item for item in known if passes(*item)), key=lambda item: key(*item))
-            self.shown = [pair for pair, _ in kept]
-            at = next((i for i, p in enumerate(self.shown) if p["pair_id"] == here), 0)
-            self.list.fill(len(self.shown), at)
-            self.draw()
-
-        def line(self, index: int) -> Parts:
-            pair, verdict = self.shown[index], self.verdicts.of(self.shown[index])
-            where = one_line(f"{pair['source']} × {pair['benchmark']} {pair['subject']}", 80)
-            return [LOOKS[verdict][:2], (f" {pair['cosine']:.3f} {where}", DIM if verdict else "")]
-
-        def draw(self) -> None:
-            width = min(40, max(4, self.app.size.width - 72))
-            full = review_parts(self.pairs, self.verdicts, self.path.parent, width)
-            self.put("#progress", full if self.pairs else NO_PAIRS)
-            part = f" of {len(self.pairs):,}" * (len(self.shown) < len(self.pairs))
-            count = f"{len(self.shown):,}{part}, {self.orders[0]}"
-            self.put("#listed", [(count, DIM)])
-            self.list.refresh()
-            self.show()
-            if self.bound != (bound := (bool(self.shown), bool(self.verdicts.done))):
-                self.bound = bound  # which keys work now
-                self.refresh_bindings()
-
-        def show(self) -> None:
-            line = self.verdicts.last.get(self.pair.get("pair_id"), {})
-            none = f"No pair passes. Fields: {', '.join(FACETS)}, cosine." * bool(self.pairs)
-            parts = [[(none, "bold")], [], []]
-            parts = pair_parts(self.pair, line, self.app.no_color) if self.pair else parts
-            for name, part in zip(("#about", "#train", "#test"), parts, strict=True):
-                self.put(name, part)
-            before, self.read = self.read, self.pair.get("pair_id")
-            for side in self.query(VerticalScroll) if self.read != before else ():
-                side.scroll_home(animate=False)  # a new pair begins at its top
-
-        def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-            typing = self.query_one(Input).has_focus
-            if action == "undo" and not self.verdicts.done:
-                return None
-            free = ("filter", "fields", "order", "unfilter")
-            return (not typing or action == "unfilter") and (bool(self.shown) or action in free)
-
-        async def save(self, lines: dict[str, Row]) -> bool:
-            try:
-                for count, _ in enumerate(self.verdicts.write(lines)):
-                    if count % 20 == 19:  # the screen and other keys have their turn
-                        self.draw()
-                        await asyncio.sleep(0)
-            except (OSError, ValueError) as error:
-                text = f"Not saved, so not decided: {one_line(error)}"
-                self.app.notify(text, severity="error", timeout=20, markup=False)
-                return False
-            finally:
-                self.draw()
-            return True
-
-        async def action_decide(self, verdict: str) -> None:
-            if await self.save({self.pair["pair_id"]: {"verdict": verdict}}):
-                self.action_next()
-
-        async def action_accept(self) -> None:
-            if self.pair["suggested"] in VERDICTS:
-                await self.action_decide(self.pair["suggested"])
-            else:
-                self.app.notify("No class is suggested for this pair: decide by d, g, s or n")
-
-        def action_next(self) -> None:
-            start, count = self.list.cursor + 1, len(self.shown)
-            for index in (i % count for i in range(start, start + count)):
-                if not self.verdicts.of(self.shown[index]):
-                    self.list.cursor = index
-                    return
-
-        async def action_undo(self) -> None:
-            before = self.verdicts.done[-1]
-            if await self.save(before):
-                del self.verdicts.done[-2:]  # undoing is not itself undone
-                self.relist(next(iter(before)))
-
-        def action_note(self) -> None:
-            pair_id = self.pair["pair_id"]
-            old = self.verdicts.last.get(pair_id, {})
-
-            async def save(note: str | None) -> None:
-                if note is not None:
-                    await self.save({pair_id: {"verdict": old.get("verdict"), "note": note}})
-
-            text = one_line(old.get("note"), LONGEST_SHOWN)
-            self.app.push_screen(Ask("A note on this pair; enter saves it", "", text), save)
-
-        def action_mark(self) -> None:
-            left = [pair for pair in self.shown if not self.verdicts.of(pair)]
-            ask = f"One verdict for all {len(left):,} undecided pairs of the list:\n\n"
-            ask += "\n".join(f"{k}  {verdict}" for k, (verdict, _) in KEYS.items())
-
-            def lines(key: str) -> dict[str, Row]:
-                what = KEYS[key][0] if key in KEYS else None
-                free = (pair for pair in left if not self.verdicts.of(pair))  # by another reviewer
-                chosen = {pair["pair_id"]: what or pair["suggested"] for pair in free}
-                return {i: {"verdict": v} for i, v in chosen.items() if v in VERDICTS}
-
-            def confirm(key: str) -> str:
-                what = KEYS[key][0] if key in KEYS else "as suggested"
-                return f"Write {len(lines(key)):,} verdicts, {what}?"
-
-            async def save(key: str | None) -> None:
-                if key:
-                    await self.save(lines(key))
-
-            ask += "\na  as suggested, where it is"
-            self.app.push_screen(Ask(ask, "dgsna", confirm=confirm), save)
-
-        def action_filter(self) -> None:
-            self.query_one(Input).display = True
-            self.screen.set_focus(self.query_one(Input))
-
-        def action_unfilter(self) -> None:
-            self.query_one(Input).value = ""
-            self.query_one(Input).display = False
-            self.list.focus()
-
-        def on_input_changed(self) -> None:
-            self.relist(self.pair.get("pair_id"))
-
-        def on_input_submitted(self) -> None:
-            self.list.focus()
-
-        def action_fields(self) -> None:
-            known = [(pair, self.verdicts.of(pair)) for pair in self.pairs]
-            counts = Counter((f, facet(p, f, v)) for f in FACETS for p, v in known)
-            found = [(f, v) for f, v in sorted(counts) if v][:500]
-
-            def add(at: int | None) -> None:
-                if at is not None:
-                    term = f"{found[at][0]}:{shlex.quote(found[at][1])} "
-                    typed = self.query_one(Input).value.rstrip()
-                    self.query_one(Input).display = True
-                    self.query_one(Input).value = f"{typed} {term}".lstrip()
-
-            choices = [f"{f}: {v}  ({counts[f, v]:,})" for f, v in found]
-            self.app.push_screen(Ask("List only the pairs with", of=choices), add)
-
-        def action_order(self) -> None:
-            self.orders.rotate(-1)
-            self.relist(self.pair.get("pair_id"))
-
-        def action_texts(self, by: int) -> None:
-            for side in self.screen.query("KeyPanel") or self.query(VerticalScroll):
-                side.scroll_relative(y=by, animate=False)
-
-    class Watch(Pane):
-        """A training run: alarms, figures, curves, events."""
-
-        BINDINGS = bind(
-            ("c", "chart", "one chart", "One chart at a time, or all four"),
-            ("l", "scale", "log scale", "Logarithmic or linear values"),
-            ("f", "follow", "follow", "Keep the newest event in sight, or stay where one reads"),
-        )
-
-        def compose(self) -> ComposeResult:
-            yield Static(classes="fault")
-            yield Static(id="figures", classes="head")
-            with Container(id="charts"):
-                yield from (PlotextPlot(id=name) for name in CURVES)
-            with VerticalScroll(id="events", classes="main"):
-                yield Static(id="log")
-
-        def begin(self) -> None:
-            self.path = find(args.folder, *LOG)
-            self.tail, self.training, self.early = Tail(self.path), RunLog(), RunLog()
-            self.charts, self.logarithmic = deque([None, *CURVES]), False
-            self.dirty, self.due = True, 0.0
-            if len(state := file_state(self.path)) and state[0] > CHUNK:  # the newest state first
-                with self.path.open("rb") as file:
-                    file.seek(-(1 << 16), os.SEEK_END)
-                    deque(map(self.early.add, Tail(self.path).parse(file.read())), maxlen=0)
-            self.query_one("#events").anchor()
-            self.app.theme_changed_signal.subscribe(self, lambda _: self.draw_charts())
-
-        def poll(self) -> str:
-            if not self.tail.offset and self.path != find(args.folder, *LOG):
-                self.begin()
-            rows = self.tail.read()
-            self.training = RunLog() if self.tail.restarted else self.training
-            deque(map(self.training.add, rows), maxlen=0)
-            if self.tail.more:
-                self.set_timer(0.001, self.look)  # the rest of a long log, keys in between
-            self.draw(bool(rows) or self.tail.restarted)
-            known = self.training if self.training.latest else None
-            return "ALARM: ".join(["", *alarms_of(known, self.path, time.time())]) if known else ""
-
-        def draw(self, new: bool) -> None:
-            known = self.early if self.tail.more and self.early.latest else self.training
-            done = self.tail.offset / max(1, *file_state(self.path)[:1] or [1])
-            reading = [(f"  reading the log, {done:.0%}", "bold reverse")]
-            self.put("#figures", run_parts(known) + reading * (self.tail.more and done < 1))
-            bad = [f"{self.tail.bad:,} unreadable lines"] * bool(self.tail.bad)
-            events = "\n".join(bad + [event_text(row) for row in self.training.events])
-            self.put("#log", [(events, "")])
-            follows = self.query_one("#events").is_anchored
-            self.query_one("#events").border_title = "following" if follows else "f to follow"
-            self.query_one("#charts").display = bool(self.training.latest)
-            self.dirty |= new
-            if self.dirty and (not self.tail.more or time.monotonic() > self.due):
-                self.dirty, self.due = False, time.monotonic() + 2 * POLL
-                self.draw_charts()
-
-        def draw_charts(self) -> None:
-            small = self.app.size.width < 72 or self.app.size.height < 20
-            one = self.charts[0] or ("loss" if small else None)
-            self.query_one("#charts").set_class(bool(one), "-one")
-            for name, title in CURVES.items():
-                plot = self.query_one(f"#{name}", PlotextPlot)
-                plot.display = name == one or not one
-                plot.theme = "clear" if self.app.current_theme.ansi else "auto"
-                names = {"loss": "gray", "smoothed": "cyan+"} if name == "loss" else {name: "cyan+"}
-                curves = [(self.training.curves[n].buckets, c) for n, c in names.items()]
-                draw_curves(plot.plt, title, curves, self.logarithmic)
-                plot.refresh()
-
-        def on_resize(self) -> None:
-            self.dirty = True  # fewer charts where there is less room
-
-        def action_chart(self) -> None:
-            self.charts.rotate(-1)
-            self.draw_charts()
-
-        def action_scale(self) -> None:
-            self.logarithmic = not self.logarithmic
-            self.draw_charts()
-
-        def action_follow(self) -> None:
-            events = self.query_one("#events")
-            events.anchor(not events.is_anchored)
-
-    class Results(Pane):
-        """Step 5's comparisons."""
-
-        BINDINGS = bind(("o", "order", "order", "Sort by gain, loss, name, or benchmarks first"))
-
-        def compose(self) -> ComposeResult:
-            yield Static(classes="fault")
-            yield VerticalScroll(Static(id="results", classes="table"), classes="main")
-
-        def begin(self) -> None:
-            self.orders, self.seen, self.rows = deque(RESULT_ORDERS), None, []
-
-        def poll(self) -> str:
-            path = find(args.folder, "eval", "results.json")
-            if self.seen != (seen := file_state(path)):
-                self.rows, self.seen = load_results(path), seen
-            wide = self.app.size.width >= 138  # columns of TABLE and MORE
-            self.put("#results", result_parts(self.rows, self.orders[0], wide))
-            return ""
-
-        def action_order(self) -> None:
-            self.orders.rotate(-1)
-            self.look()
-
-    class Pipeline(Pane):
-        """The five steps, and what to run next."""
-
-        BINDINGS = bind(("y", "copy", "copy the command", "Copy the next command, by OSC 52"))
-
-        def compose(self) -> ComposeResult:
-            yield Static(classes="fault")
-            yield VerticalScroll(Static(id="steps", classes="text"), classes="main")
-
-        def begin(self) -> None:
-            self.parts: Parts = [("", "")]
-            self.due = 0.0
-
-        def poll(self) -> str:
-            if time.monotonic() >= self.due:
-                self.parts = pipeline_parts(pipeline_states(args.folder))
-                self.due = time.monotonic() + POLL_STEPS
-            self.put("#steps", self.parts)
-            return ""
-
-        def action_copy(self) -> None:
-            command, style = self.parts[-1]
-            if style:
-                self.app.copy_to_clipboard(command)
-            said = "Copied, where the terminal allows it" if style else "There is nothing to run"
-            self.app.notify(said)
-
-    panes = {"review": Review, "watch": Watch, "results": Results, "pipeline": Pipeline}
-
-    class PlatypusApp(App[None]):
-        """Four tabs over one output folder."""
-
-        TITLE = "platypus"
-        AUTO_FOCUS = None  # a tab's own list has it
-        CSS = CSS
-        HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (72, "-normal"), (130, "-wide")]
-        VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-high"), (36, "-tall")]
-        BINDINGS = bind(
-            *((str(n), f"tab('{name}')", "", f"Show {name}") for n, name in enumerate(panes, 1)),
-            ("question_mark", "help", "keys", "Show or hide all keys of this tab"),
-            ("q", "quit", "", "Leave; every verdict is on disk already"),
-            ("ctrl+c", "leave", "", "Leave, whatever is open"),
-        )
-
-        def compose(self) -> ComposeResult:
-            with Horizontal(id="top"):
-                names = enumerate(panes, 1)
-                yield Tabs(*(Tab(f"{n} {name.title()}", id=f"tab-{name}") for n, name in names))
-                yield Static(Content(one_line(f"{args.folder}  {args.reviewer}")), id="where")
-            with ContentSwitcher(initial="review"):
-                yield from (pane(id=name) for name, pane in panes.items())
-            yield Static(id="small")
-            yield Footer(compact=True, show_command_palette=False)
-
-        def on_load(self) -> None:  # from here on the terminal is not as it was
-            for number in ENDING:  # later: while its widgets are mounted, an exit may wait for ever
-                leave = functools.partial(self.call_later, self.exit, return_code=128 + number)
-                asyncio.get_running_loop().add_signal_handler(number, leave)
-
-        def on_mount(self) -> None:
-            self.query_one(Tabs).can_focus = False
-            self.action_tab("review")
-
-        def on_resize(self, event: Any) -> None:
-            least = f"{event.size.width} × {event.size.height} is too small:\n40 × 12 is the least"
-            self.query_one("#small", Static).update(Content(least))
-
-        def on_tabs_tab_activated(self, event: Tabs.TabActivated) -> None:
-            self.action_tab(event.tab.id.removeprefix("tab-"))
-
-        def action_tab(self, name: str) -> None:
-            self.query_one(Tabs).active = f"tab-{name}"
-            self.query_one(ContentSwitcher).current = name
-            self.query_one(f"#{name}").query(".main").first().focus()
-
-        def get_system_commands(self, screen: Any) -> Any:  # nothing is written but verdicts
-            return (c for c in super().get_system_commands(screen) if c.title != "Screenshot")
-
-        def action_leave(self) -> None:
-            self.exit()
-
-        def action_help(self) -> None:
-            shown = self.screen.query("HelpPanel")
-            self.action_hide_help_panel() if shown else self.action_show_help_panel()
-
-    return PlatypusApp()
+class PlatypusApp(App[None]):
+    """Four tabs over one output folder."""
+
+    TITLE = "platypus"
+    AUTO_FOCUS = None  # a tab's own list has it
+    HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (40, "-narrow"), (72, "-normal"), (130, "-wide")]
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (12, "-high"), (36, "-tall")]
+    CSS = """
+    #top { height: 1; background: $panel; }
+    #top Tabs { width: 46; height: 1; & Underline { display: none; } }
+    #top Tab.-active { color: $primary; text-style: bold reverse; }
+    #where { width: 1fr; text-align: right; color: $text-muted; padding: 0 1; }
+    #small { display: none; width: 100%; height: 100%; content-align: center middle; }
+    ContentSwitcher { height: 1fr; }
+    VerticalScroll { scrollbar-size: 1 1; overflow-x: auto; }
+    HelpPanel { width: 65%; max-width: 70; }
+    .-narrow #where { display: none; }
+    .-narrow Tab { padding: 0 1 0 0; }
+    .-narrow HelpPanel { width: 90%; }
+    .-narrow FooterKey:last-of-type { dock: right; margin: 0; padding-left: 1; }
+    .-tiny > *, .-flat > * { display: none; }
+    .-tiny > #small, .-flat > #small { display: block; }
+    """
+    BINDINGS = [
+        *(
+            other_key(str(key), f"tab('{name}')", f"Show {name}")
+            for key, name in enumerate(TABS, 1)
+        ),
+        footer_key("question_mark", "help", "keys", "Show or hide all keys of this tab"),
+        other_key("q", "quit", "Leave; every verdict is on disk already"),
+        other_key("ctrl+c", "leave", "Leave, whatever is open"),
+    ]
+
+    def __init__(self, folder: Path, reviewer: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self.reviewer = reviewer
+
+    def compose(self) -> ComposeResult:
+        tabs = [Tab(tab_title(name), id=f"tab-{name}") for name in TABS]
+        with Horizontal(id="top"):
+            yield Tabs(*tabs)
+            yield Static(Content(f"{one_line(self.folder)}  {one_line(self.reviewer)}"), id="where")
+        with ContentSwitcher(initial="review"):
+            yield Review(self.folder, self.reviewer)
+            yield Watch(self.folder)
+            yield Results(self.folder)
+            yield Pipeline(self.folder)
+        yield Static(id="small")
+        yield Footer(compact=True, show_command_palette=False)
+
+    def on_load(self) -> None:  # from here on the terminal is not as it was
+        for sign in ENDING:  # later: while its widgets are mounted, an exit may wait for ever
+            leave = functools.partial(self.call_later, self.exit, return_code=128 + sign)
+            asyncio.get_running_loop().add_signal_handler(sign, leave)
+
+    def on_mount(self) -> None:
+        self.query_one(Tabs).can_focus = False
+        self.action_tab("review")
+
+    def on_resize(self, event: events.Resize) -> None:
+        least = f"{event.size.width} × {event.size.height} is too small:\n40 × 12 is the least"
+        self.query_one("#small", Static).update(Content(least))
+
+    def on_tabs_tab_activated(self, event: Tabs.TabActivated) -> None:
+        self.action_tab(event.tab.id.removeprefix("tab-"))
+
+    def on_pane_fault_changed(self, event: Pane.FaultChanged) -> None:
+        tab = self.query_one(f"#tab-{event.tab}", Tab)
+        tab.label = tab_title(event.tab, event.faulty)
+
+    def action_tab(self, name: str) -> None:
+        self.query_one(Tabs).active = f"tab-{name}"
+        self.query_one(ContentSwitcher).current = name
+        self.query_one(f"#{name}").query(".main").first().focus()
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        for command in super().get_system_commands(screen):
+            if command.title != "Screenshot":  # nothing is written but verdicts
+                yield command
+
+    def action_leave(self) -> None:
+        self.exit()
+
+    def action_help(self) -> None:
+        if self.screen.query("HelpPanel"):
+            self.action_hide_help_panel()
+        else:
+            self.action_show_help_panel()
 
 
 @contextlib.contextmanager
-def replay(args: argparse.Namespace) -> Iterator[None]:
-    """A temporary copy of the recorded folder, in which another process writes the log again."""
+def replay() -> Iterator[Path]:
+    """Give a copy of the recorded folder for a while; another process writes its log again."""
     with tempfile.TemporaryDirectory(prefix="platypus-") as place:
-        args.folder = Path(shutil.copytree(RECORDED, Path(place) / "out"))
-        command = [sys.executable, RECORDED.with_name("replay.py"), args.folder / "adapter"]
+        folder = Path(place) / "out"
+        shutil.copytree(RECORDED, folder)
+        command = [sys.executable, RECORDED.with_name("replay.py"), folder / "adapter"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL):
-            yield
+            yield folder
+
+
+def end_process(sign: int, frame: FrameType | None) -> None:
+    """Leave as a shell expects of a process that a signal has ended."""
+    sys.exit(128 + sign)
+
+
+def print_lineage(folder: Path) -> bool:
+    """Print the steps behind a folder, all hashed again; tell whether they are as recorded."""
+    states = lineage(folder)
+    print(printable(text_of(step_parts(states)), LONGEST_SUMMARY))
+    broken = [state.script for state in states if not state.whole]
+    if broken:
+        print(f"not as recorded: {', '.join(broken)}")
+        return False
+    print("all is as recorded")
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:
     """Open the app, or print the summary where there is no terminal."""
     args = parse_args(argv)
     if args.lineage:
-        states = lineage(args.folder)
-        broken = [state.script for state in states if not state.whole]
-        print(printable("".join(text for text, _ in pipeline_parts(states)[:-2]), 10**6))
-        print(f"not as recorded: {', '.join(broken)}" if broken else "all is as recorded")
-        sys.exit(bool(broken))
+        sys.exit(0 if print_lineage(args.folder) else 1)
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         print(summary(args.folder))
         return
-    for number in ENDING:  # until the app has a loop, which would swallow a Ctrl-C now and then
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    with replay(args) if args.demo else contextlib.nullcontext():
-        (app := make_app(args)).run()
+    for sign in ENDING:  # until the app has a loop, which would swallow a Ctrl-C now and then
+        signal.signal(sign, end_process)
+    with replay() if args.demo else contextlib.nullcontext(args.folder) as folder:
+        app = PlatypusApp(folder, args.reviewer)
+        app.run()
     sys.exit(app.return_code)
 
 
