@@ -1,8 +1,8 @@
 """Merge adapters into a model by PEFT's own code, one module at a time.
 
 Step 4 of 5 (paper, section 3.2). Reads a base model (folder or hub id, safetensors) and adapters
-in PEFT's layout; writes out/merged/: a Hugging Face model folder with shards of 1 GB, the base's
-own config and tokenizer, a model card (README.md) and run.json.
+in PEFT's layout; writes out/merged/: a Hugging Face model folder in shards of 1 GB with the base's
+config, tokenizer and licences, a model card (README.md) and run.json.
 
     python merge.py --adapter out/lora --out out/small
     python merge.py
@@ -31,32 +31,38 @@ import shutil
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from common import (
+    DECISIONS,
+    Row,
     UserError,
+    base_fingerprint,
     check_input,
     check_output,
     claim_output,
     describe_files,
     fetch_model,
     finish_run,
-    first_line,
     make_parser,
     markdown_table,
     next_command,
     one_line,
+    printable,
     read_adapter,
     read_decisions,
     read_json,
     read_jsonl,
+    read_object,
     refuse,
+    removed_ids,
     run_main,
     sha256_of,
     sync,
@@ -66,32 +72,45 @@ from common import (
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import StateDictSplit
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
 
 SHARD_SIZE = "1GB"  # of an output file; two are in memory, one that is made and one written
 MODULES_AT_ONCE = 2  # merged side by side: most of torch's steps here keep one core busy
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
+WHOLE = "model.safetensors"  # transformers' name of a model in one file
+INDEX = "model.safetensors.index.json"  # and of the list of its tensors, where it is in several
+ADAPTER = "adapter_model.safetensors"  # PEFT's names
 CONFIG = "adapter_config.json"
 COPIED = (  # files of the base that the merged folder needs, or has to carry along
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("chat_template.json", "chat_template.jinja"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "*token*.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
-NO_MATTER = {  # options of any kind that do not change how a module is merged
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
-    *("base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "lora_dropout", "vera_dropout", "module_dropout"),
-    *("boft_dropout", "randlora_dropout", "miss_dropout", "vblora_dropout"),
-}
+# options that say where an adapter acts, which its tensors' names show too
+PLACES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 BY_MODULE = {  # kind: its options with which tests/test_merge.py has seen the bits of PEFT's merge
-    "LORA": {"r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern",
-             "alpha_pattern", "init_lora_weights", "fan_in_fan_out"},
+    "LORA": {
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "init_lora_weights",
+        "fan_in_fan_out",
+    },
     "IA3": {"feedforward_modules", "fan_in_fan_out"},
     "VERA": {"r", "d_initial", "projection_prng_key", "fan_in_fan_out"},
     "LOHA": {"r", "alpha", "rank_pattern", "alpha_pattern"},
@@ -103,15 +122,9 @@ BY_MODULE = {  # kind: its options with which tests/test_merge.py has seen the b
     "RANDLORA": {"r", "randlora_alpha", "projection_prng_key"},
     "MISS": {"r", "mini_r"},
     "VBLORA": {"r", "num_vectors", "vector_length", "topk", "fan_in_fan_out"},
-}  # fmt: skip
-UNSET = (None, [], {})  # values of an option that is not used
-NEVER = {  # options with which no merge can be right, and why
-    "layer_replication": "its layers share weights, so that one would get the changes of all",
-    "alora_invocation_tokens": "it changes only the tokens behind its invocation",
-    "arrow_config": "it chooses among adapters by the input",
 }
+SUMMABLE = {"LORA": BY_MODULE["LORA"] - {"use_dora"}}  # the merge of several adds their changes
 RANDOM_STARTS = ("pissa_niter", "corda", "lora_ga")  # rewrite the base by chance or by data
-PROBE = "Below is an instruction that describes a task. At which temperature does water boil?"
 
 
 @dataclass
@@ -123,6 +136,7 @@ class Adapter:
     weight: float  # of its change in the sum
     config: dict[str, Any]
     keys: set[str]  # names of its tensors
+    hashes: dict[str, Row]  # of its two files, by describe_files()
 
 
 @dataclass
@@ -130,36 +144,29 @@ class Base:
     """A model folder as it lies on the disk."""
 
     folder: Path
-    config: dict[str, Any]
     files: dict[str, Path]  # tensor -> the file that holds it, in the order of their bytes
+    shards: list[Path]  # these files
 
-    def read(self, name: str) -> "torch.Tensor":
-        """Return one tensor, a view of the mapped file: its numbers are read when they are used."""
-        from safetensors import safe_open
 
-        with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name)
+@dataclass
+class TunedModule:
+    """A module that adapters tune."""
 
-    def mapped(self) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """Yield (name, tensor): views of the mapped files, whose numbers are not read yet."""
-        from safetensors import safe_open
-
-        for path in dict.fromkeys(self.files.values()):
-            with safe_open(path, "pt") as file:
-                for name in file.offset_keys():
-                    yield name, file.get_tensor(name)
+    layer: "BaseTunerLayer"  # PEFT's, around the module
+    names: dict[str, str]  # "weight", "bias" -> the tensor's name on the disk
 
 
 @dataclass
 class Plan:
     """The merge of a model module by module."""
 
-    base: Base
-    layers: dict[str, "BaseTunerLayer"]  # path of a module -> PEFT's layer that tunes it
-    disk_names: dict[str, str]  # the model's name of a parameter -> its name on the disk
-    adapter_names: list[str]
+    files: dict[str, Path]  # of the base
+    modules: dict[str, TunedModule]  # path of a module -> it
     work_dtype: "torch.dtype | None" = None  # of the weights, at least, while PEFT merges them
-    norms: dict[str, Counter] | None = None  # layer: sums of squares, where they are wanted
+
+
+class NotByModule(Exception):
+    """Why adapters cannot be merged module by module."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -181,23 +188,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     args.adapter = [split_weight(item) for item in args.adapter or ["out/adapter"]]
-    alone = args.allow_contaminated and not args.partner_check
-    several = len(args.adapter) > 1 or args.adapter[0][1] != 1
-    refuse(
-        [
-            message
-            for message, found in (
-                {
-                    "--limit does not apply: a merge is whole": args.limit,
-                    f"--device {args.device}: merging runs on the cpu": args.device
-                    not in (None, "cpu"),
-                    "--allow-contaminated does nothing without --partner-check": alone,
-                    "--check-logits takes one adapter of weight 1": args.check_logits and several,
-                }
-            ).items()
-            if found
-        ]
-    )
+    faults = []
+    if args.limit:
+        faults.append("--limit does not apply: a merge is whole")
+    if args.device not in (None, "cpu"):
+        faults.append(f"--device {args.device}: merging runs on the cpu")
+    if args.allow_contaminated and not args.partner_check:
+        faults.append("--allow-contaminated does nothing without --partner-check")
+    if args.check_logits and (len(args.adapter) > 1 or args.adapter[0][1] != 1):
+        faults.append("--check-logits takes one adapter of weight 1")
+    refuse(faults)
     return args
 
 
@@ -207,63 +207,54 @@ def split_weight(item: str) -> tuple[str, float]:
     >>> split_weight("out/a:0.5"), split_weight("out/a")
     (('out/a', 0.5), ('out/a', 1.0))
     """
-    folder, colon, weight = item.rpartition(":")
+    folder, colon, text = item.rpartition(":")
     if not colon or Path(item).is_dir():
         return item, 1.0
-    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", weight)
-    if not number or not 0 < abs(float(weight)) < 1e6:
-        raise UserError(f"--adapter {item}: the weight {weight!r} is not a number other than 0")
-    return folder, float(weight)
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < abs(weight) < 1e6:
+        raise UserError(f"--adapter {item}: the weight {text!r} is not a number other than 0")
+    return folder, weight
 
 
 # --- what is on the disk --------------------------------------------------------------------------
 
 
-def open_adapter(name: str, folder: Path, weight: float) -> Adapter:
-    """Read an adapter's configuration and the names of its tensors; refuse what cannot be merged.
-
-    Raises UserError for a pickle, a broken file, and a kind of LoRA that no merge gets right.
-    """
-    config, keys = read_adapter(folder)
-    path = folder / CONFIG
-    for option, why in NEVER.items():
-        if config.get(option):
-            raise UserError(f"{path}: {option} cannot be merged: {why}")
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(RANDOM_STARTS):
-        mend = "save it again with PEFT's path_initial_model_for_weight_conversion"
-        raise UserError(f"{path}: init_lora_weights = {start!r} changed the base by chance; {mend}")
-
-    return Adapter(name, folder, weight, config, keys)
+def open_adapters(args: argparse.Namespace) -> list[Adapter]:
+    """Read the adapters' configurations, the names of their tensors, and their hashes."""
+    adapters = []
+    for number, (place, weight) in enumerate(args.adapter):
+        name = f"adapter-{number}"
+        folder = Path(place)
+        config, keys = read_adapter(folder)
+        hashes = describe_files([folder / CONFIG, folder / ADAPTER])
+        adapters.append(Adapter(name, folder, weight, config=config, keys=keys, hashes=hashes))
+    return adapters
 
 
-def check_numbers(adapter: Adapter) -> None:
-    """Refuse an adapter that holds NaN or infinite numbers, and a LoRA that changes nothing."""
-    from safetensors.torch import load_file
-
-    trained = adapter.config.get("peft_type") != "LORA"
-    for name, tensor in load_file(adapter.folder / ADAPTER).items():
-        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
-            raise UserError(f"{adapter.folder}: {name} holds NaN or infinite numbers")
-        # before training B = 0, of an embedding A = 0; the rest is not
-        if not re.search(r"lora_A|lora_embedding_B|lora_magnitude|base_layer", name):
-            trained = trained or bool(tensor.any())
-    if not trained:
-        raise UserError(f"{adapter.folder} changes nothing: it is untrained (every B is zero)")
-
-
-def read_base(name: str) -> Base:
-    """Find the files of a model, a folder or a hub id; every shard must be there, whole."""
-    folder = fetch_model("--base-model", name)
+def open_base(args: argparse.Namespace, adapter: Adapter) -> Base:
+    """Find the base's files; sets args.base_model to the adapter's own base where no flag does."""
+    own = adapter.config.get("base_model_name_or_path")
+    args.base_model = args.base_model or str(own or "")
+    folder = fetch_model("--base-model", args.base_model)
     path = check_input(folder / "config.json", "name a model's folder with --base-model")
-    config = read_json(path)
-    if config.get("quantization_config"):
+    if read_json(path).get("quantization_config"):
         raise UserError(f"{path}: quantised; merge into the original")
+    files = find_tensors(folder)
+    if not files:
+        raise UserError(f"{folder} has no tensors")
+    return Base(folder, files, shards=sorted(set(files.values())))
 
+
+def find_tensors(folder: Path) -> dict[str, Path]:
+    """Map the tensors of a model folder to their files, those that transformers would load."""
     shards = [WHOLE]
-    if not (folder / WHOLE).exists() and (folder / INDEX).exists():  # the order of transformers
-        listed = read_known(folder / INDEX, "weight_map", dict)
-        shards = sorted({str(shard) for shard in listed.values()})
+    if not (folder / WHOLE).exists() and (folder / INDEX).exists():
+        weight_map = read_value(folder / INDEX, "weight_map", dict)
+        shards = sorted({str(shard) for shard in weight_map.values()})
+
     files = {}
     for shard in shards:
         if Path(shard).name != shard:
@@ -271,14 +262,12 @@ def read_base(name: str) -> Base:
         if not (folder / shard).is_file():
             mend = "if the model is in pickles (.bin), save it as safetensors first"
             raise UserError(f"{folder} has no {shard}; {mend}")
-        files |= dict.fromkeys(tensor_names(folder / shard), folder / shard)
-    if not files:
-        raise UserError(f"{folder} has no tensors")
-    return Base(folder, config, files)
+        files.update(dict.fromkeys(tensor_names(folder / shard), folder / shard))
+    return files
 
 
-def read_known(path: Path, key: str, kind: type) -> Any:
-    """Read one value of a JSON file that may be missing; an empty `kind` where it is not there."""
+def read_value(path: Path, key: str, kind: type) -> Any:
+    """Read one value of a JSON file; an empty `kind` where the file or the value is missing."""
     value = read_json(path).get(key) if path.exists() else None
     if value is None:
         return kind()
@@ -287,28 +276,209 @@ def read_known(path: Path, key: str, kind: type) -> Any:
     return value
 
 
-# --- the model on the meta device, and which tensor is whose --------------------------------------
+def read_tensor(files: dict[str, Path], name: str) -> "torch.Tensor":
+    """Return one tensor, a view of the mapped file: its numbers are read when they are used."""
+    from safetensors import safe_open
+
+    with safe_open(files[name], "pt") as file:
+        return file.get_tensor(name)
 
 
-def build_without_weights(base: Base) -> "PreTrainedModel":
-    """Build the base model on the meta device: all modules, no memory."""
+def check_place(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> None:
+    """Refuse an output folder that is finished or inside an input, and a disk that is too small."""
+    inputs = [base.folder, *(adapter.folder for adapter in adapters)]
+    check_output(args.out, args.overwrite, *inputs)
+    out = args.out.resolve()
+    for folder in inputs:
+        if out.is_relative_to(folder.resolve()):
+            raise UserError(f"--out {args.out} lies inside {folder}, an input; name another folder")
+
+    parent = next(folder for folder in (out, *out.parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    free += sum(path.stat().st_size for path in out.glob("model*.safetensors"))  # of a former run
+    size = sum(path.stat().st_size for path in base.shards)
+    if size > free:
+        raise UserError(f"{args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free")
+
+
+# --- which way adapters are merged ----------------------------------------------------------------
+
+
+def choose_way(base: Base, adapters: list[Adapter]) -> Plan | None:
+    """Plan the merge module by module; None, and say why, where PEFT has to merge it as a whole."""
+    for adapter in adapters:
+        check_known(adapter)
+        check_trained(adapter)
+    weighted = len(adapters) > 1 or adapters[0].weight != 1
+    tested = SUMMABLE if weighted else BY_MODULE
+    try:
+        for adapter in adapters:
+            check_tested(adapter, tested)
+        plan = make_plan(base, adapters)
+    except NotByModule as reason:
+        if weighted:
+            fault = f"{reason}: such an adapter can be merged alone only, with weight 1"
+            raise UserError(fault) from None
+        print(f"merging with the whole model in memory: {one_line(reason)}", file=sys.stderr)
+        return None
+    if weighted:
+        set_weights(plan, adapters)
+    return plan
+
+
+def check_known(adapter: Adapter) -> None:
+    """Refuse kinds and options that the installed PEFT does not know or that no merge gets right.
+
+    An option that it does not know PEFT would leave out.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
+
+    path = adapter.folder / CONFIG
+    kind = str(adapter.config.get("peft_type"))
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UserError(f"{path}: peft_type = {kind} is no kind of adapter")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    if issubclass(config_class, PromptLearningConfig):
+        raise UserError(f"{path}: {kind} is a learned prompt: no weights can hold it")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for option, value in adapter.config.items():
+        if value and option not in known:
+            fault = f"{path} has {option} = {value!r:.60}, no option of {kind} in this PEFT"
+            raise UserError(f"{fault}; install the version of PEFT that saved it")
+
+    if adapter.config.get("layer_replication"):
+        reason = "its layers share weights, so that one would get the changes of all"
+        raise UserError(f"{path}: layer_replication cannot be merged: {reason}")
+    start = str(adapter.config.get("init_lora_weights")).lower()
+    if start.startswith(RANDOM_STARTS):
+        mend = "save it again with PEFT's path_initial_model_for_weight_conversion"
+        raise UserError(f"{path}: init_lora_weights = {start!r} changed the base by chance; {mend}")
+
+
+def check_trained(adapter: Adapter) -> None:
+    """Refuse a LoRA that changes nothing: before training B is zero, of an embedding A."""
+    from safetensors.torch import load_file
+
+    if adapter.config["peft_type"] != "LORA":
+        return
+    for name, tensor in load_file(adapter.folder / ADAPTER).items():
+        starts_at_zero = not re.search("lora_A|lora_embedding_B|lora_magnitude|base_layer", name)
+        if starts_at_zero and tensor.any():
+            return
+    raise UserError(f"{adapter.folder} changes nothing: it is untrained (every B is zero)")
+
+
+def check_tested(adapter: Adapter, tested: dict[str, set[str]]) -> None:
+    """Raise NotByModule where the adapter's kind or one of its options is not `tested`."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+
+    kind = adapter.config["peft_type"]
+    if kind not in tested:
+        raise NotByModule(f"{adapter.folder} has a peft_type of the kind {kind}")
+    of_all_kinds = {field.name for field in dataclasses.fields(PeftConfig)}  # name, version, base
+    harmless = tested[kind] | PLACES | of_all_kinds
+    defaults = vars(PEFT_TYPE_TO_CONFIG_MAPPING[kind]())
+    for option, value in adapter.config.items():
+        if option in harmless or option.endswith("_dropout"):  # acts in training only
+            continue
+        if value not in (None, [], {}, defaults.get(option)):
+            raise NotByModule(f"{adapter.folder} has {option} = {value!r:.60}")
+
+    start = adapter.config.get("init_lora_weights", True)
+    if not isinstance(start, bool):
+        fault = f"{adapter.folder} has init_lora_weights = {start!r}"
+        raise NotByModule(f"{fault}, which may rewrite the base")
+
+
+def make_plan(base: Base, adapters: list[Adapter]) -> Plan:
+    """Put the adapters around a model without weights, and find the modules that they tune.
+
+    Raises NotByModule unless all numbers of the adapters are there, none of the base came with
+    them, such as a saved embedding, and each tuned parameter has a tensor of its own on the disk.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = load_model(base, weightless=True)
+    disk_names = match_names(model, base)
+    # PEFT would move an adapter to the device of its base, which is meta and holds no numbers
+    with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"):
+        model = wrap(model, adapters, base)
+    model.base_model.set_adapter([adapter.name for adapter in adapters])  # to be merged
+    for name, parameter in model.named_parameters():
+        of_adapter = ".adapter-" in name
+        if of_adapter == parameter.is_meta:
+            where = "is not" if of_adapter else "is"
+            raise NotByModule(f"{name} {where} in the adapter's file")
+
+    plan = Plan(base.files, find_modules(model, disk_names))
+    if adapters[0].config["peft_type"] == "LORA":
+        # PEFT adds a float32 change to the weights and rounds: the same sum, by torch's faster code
+        plan.work_dtype = torch.float32
+    return plan
+
+
+def find_modules(model: "PeftModel", disk_names: dict[str, str]) -> dict[str, TunedModule]:
+    """Find the modules that adapters tune, by their paths; NotByModule where one is not on disk."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = {}
+    for path, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        names = {}
+        for attribute, _ in layer.get_base_layer().named_parameters():
+            parameter = f"{path}.{attribute}"
+            if parameter not in disk_names:
+                raise NotByModule(f"{parameter} has no tensor of its own on the disk")
+            names[attribute] = disk_names[parameter]
+        modules[path] = TunedModule(layer, names)
+    return modules
+
+
+def set_weights(plan: Plan, adapters: list[Adapter]) -> None:
+    """Give each adapter its weight; the changes of all are then summed in float64."""
+    import torch
+
+    plan.work_dtype = torch.float64
+    for module in plan.modules.values():
+        module.layer.double()
+        for adapter in adapters:
+            if adapter.name in module.layer.scaling:
+                module.layer.scaling[adapter.name] *= adapter.weight
+
+
+# --- the model, the adapters around it, and which tensor is whose ---------------------------------
+
+
+def load_model(base: Base, weightless: bool) -> "PreTrainedModel":
+    """Load the base model; `weightless` builds it on the meta device, where it takes no memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    with name_errors(f"{base.folder} cannot be loaded"):
+        if weightless:
+            config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+        return AutoModelForCausalLM.from_pretrained(base.folder, **options)
+
+
+@contextmanager
+def name_errors(fault: str) -> Iterator[None]:
+    """Raise a UserError, `fault` and the cause, for whatever a library raises in the block."""
     try:
-        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # configurations go wrong in as many ways as there are models
-        fault = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{base.folder}/config.json builds no model: {fault}") from None
+        yield
+    except Exception as error:  # as many kinds as there are models, adapters and disks
+        raise UserError(f"{fault}: {type(error).__name__}: {one_line(error, 500)}") from None
 
 
 def match_names(model: "PreTrainedModel", base: Base) -> dict[str, str]:
     """Map a model's parameters to the tensors on the disk, as transformers does when it loads them.
 
-    Left out are tensors on the disk that the model does not know, and those that it converts
-    (experts that it fuses): no module can be merged from these alone.
+    Left out are tensors on the disk that the model does not know, those that it converts (experts
+    that it fuses), and those that two modules share: from these alone no module can be merged.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -322,56 +492,30 @@ def match_names(model: "PreTrainedModel", base: Base) -> dict[str, str]:
     names = {}
     for name in base.files:
         parameter, converter = rename_source_key(name, renamings, converters, prefix, known)
-        if parameter not in known and name in known:
-            parameter = name
         if parameter in known and converter is None:
             names[parameter] = name
+    for pair in model.all_tied_weights_keys.items():  # such as head and embedding
+        for parameter in pair:
+            names.pop(parameter, None)
     return names
 
 
 def wrap(model: "PreTrainedModel", adapters: list[Adapter], base: Base) -> "PeftModel":
-    """Put the adapters around a model; those around one without weights keep their own."""
-    import torch
+    """Put the adapters around a model; refuse any that would be used in part."""
     from peft import PeftModel
 
-    weightless = next(model.parameters()).is_meta
-    placing = adapters_stay_in_memory() if weightless else nullcontext()
-    options = {"torch_device": "cpu", "low_cpu_mem_usage": weightless}
-    try:
-        with torch.no_grad(), placing, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of keys that are missing: check_keys() refuses them
-            first = adapters[0]
+    # a tensor on the meta device cannot be filled: PEFT puts the loaded one in its place
+    options = {"torch_device": "cpu", "low_cpu_mem_usage": model.device.type == "meta"}
+    first = adapters[0]
+    folders = ", ".join(str(adapter.folder) for adapter in adapters)
+    with name_errors(f"{folders} does not fit {base.folder}"):
+        with warnings.catch_warnings(action="ignore"):  # of missing keys: check_keys() refuses them
             model = PeftModel.from_pretrained(model, first.folder, first.name, **options)
             for adapter in adapters[1:]:
                 model.load_adapter(adapter.folder, adapter.name, **options)
-    except Exception as error:  # PEFT and torch raise what their parts raise
-        folders = ", ".join(str(adapter.folder) for adapter in adapters)
-        fault = f"{folders} does not fit {base.folder}: {type(error).__name__}: {cause(error)}"
-        raise UserError(fault) from None
     for adapter in adapters:
         check_keys(model, adapter)
-    return model.eval()
-
-
-@contextmanager
-def adapters_stay_in_memory() -> Iterator[None]:
-    """Keep PEFT from moving an adapter to its base's device, which may be meta and hold nothing."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    original = BaseTunerLayer._move_adapter_to_device_of_base_layer
-    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        BaseTunerLayer._move_adapter_to_device_of_base_layer = original
-
-
-def cause(error: Exception) -> str:
-    """Take from an error the line that says what is wrong: behind a heading, the second."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        return lines[1]
-    return first_line(error)
+    return model
 
 
 def check_keys(model: "PeftModel", adapter: Adapter) -> None:
@@ -382,163 +526,16 @@ def check_keys(model: "PeftModel", adapter: Adapter) -> None:
     selected = set(get_peft_model_state_dict(model, **options))
     missing = sorted(selected - adapter.keys)
     if missing:
-        what = f"{len(missing)} of the {len(selected)} tensors that its config selects are missing"
-        raise UserError(f"{adapter.folder}/{ADAPTER}: {what}: {', '.join(missing[:3])}")
+        fault = f"{len(missing)} of the {len(selected)} tensors that its config selects are missing"
+        raise UserError(f"{adapter.folder / ADAPTER}: {fault}: {', '.join(missing[:3])}")
     ignored = sorted(adapter.keys - selected - set(model.state_dict()))
     if ignored:
-        what = f"{len(ignored)} of its {len(adapter.keys)} tensors would be ignored"
-        what += f": {', '.join(ignored[:3])}"
-        raise UserError(f"{adapter.folder} does not fit this base: {what}")
-
-
-def default_options(kind: str) -> dict[str, Any]:
-    """Return the options that the installed PEFT knows of a kind, and their defaults; or none."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    defaults: dict[str, Any] = {}
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return defaults
-    for option in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind]):
-        defaults[option.name] = option.default
-        if option.default_factory is not dataclasses.MISSING:
-            defaults[option.name] = option.default_factory()
-    return defaults
-
-
-def check_options(adapter: Adapter) -> None:
-    """Refuse an option that the installed PEFT does not know, and so would leave out."""
-    kind = str(adapter.config.get("peft_type"))
-    known = default_options(kind)
-    if not known:
-        raise UserError(f"{adapter.folder / CONFIG}: peft_type = {kind} is no kind of adapter")
-    for option, value in adapter.config.items():
-        if value and option not in known:
-            what = f"{adapter.folder / CONFIG} has {option} = {value!r:.60}"
-            mend = "install the version of PEFT that saved it"
-            raise UserError(f"{what}, no option of {kind} in this PEFT; {mend}")
-
-
-class NotByModule(Exception):
-    """Why an adapter cannot be merged module by module."""
-
-
-def check_kind(adapter: Adapter) -> None:
-    """Raise NotByModule where a kind or an option is not on the list that tests have seen equal."""
-    kind = str(adapter.config.get("peft_type"))
-    if kind not in BY_MODULE:
-        raise NotByModule(f"{adapter.folder} is of the kind {kind}")
-    defaults = default_options(kind)
-    for option, value in adapter.config.items():
-        tested = option in NO_MATTER or option in BY_MODULE[kind]
-        if not tested and value not in UNSET and value != defaults.get(option):
-            raise NotByModule(f"{adapter.folder} has {option} = {value!r:.60}")
-    start = adapter.config.get("init_lora_weights", True)
-    if not isinstance(start, bool):
-        what = f"{adapter.folder} has init_lora_weights = {start!r}"
-        raise NotByModule(f"{what}, which may rewrite the base")
-
-
-def make_plan(base: Base, adapters: list[Adapter]) -> Plan:
-    """Plan the merge module by module; raises NotByModule where that might give other bits."""
-    import torch
-
-    for adapter in adapters:
-        check_kind(adapter)
-    model = build_without_weights(base)
-    disk_names = match_names(model, base)
-    model = wrap(model, adapters, base)
-    plan = Plan(
-        base=base,
-        layers=find_layers(model),
-        disk_names=disk_names,
-        adapter_names=[adapter.name for adapter in adapters],
-    )
-    check_places(plan, model)
-    check_tie(model)
-    if adapters[0].config["peft_type"] == "LORA":
-        # PEFT adds a float32 change to the weights and rounds: the same sum, by torch's faster code
-        plan.work_dtype = torch.float32
-    if is_weighted(adapters):
-        set_weights(plan, adapters)
-    return plan
-
-
-def is_weighted(adapters: list[Adapter]) -> bool:
-    """Whether there is more to do than to merge one adapter as it is."""
-    return len(adapters) > 1 or adapters[0].weight != 1
-
-
-def find_layers(model: "PeftModel") -> dict[str, "BaseTunerLayer"]:
-    """Find the layers of an adapter by the paths of the modules that they tune."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = {}
-    for path, module in model.get_base_model().named_modules():
-        if isinstance(module, BaseTunerLayer):
-            layers[path] = module
-    return layers
-
-
-def check_places(plan: Plan, model: "PeftModel") -> None:
-    """Raise NotByModule unless all numbers of the adapter are there, and those of the base are not.
-
-    Each tuned parameter needs a tensor on the disk. A parameter of the base that has numbers came
-    with the adapter, such as a saved embedding or a tuned bias.
-    """
-    of_adapter = set()
-    for path, layer in plan.layers.items():
-        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
-            parameter = f"{path}.{name.removeprefix('base_layer.')}"
-            if name.startswith("base_layer."):
-                if parameter not in plan.disk_names:
-                    raise NotByModule(f"{parameter} has no tensor of its own on the disk")
-                continue
-            of_adapter.add(id(tensor))
-            if tensor.is_meta:
-                raise NotByModule(f"{parameter} is not in the adapter's file")
-    for name, parameter in model.get_base_model().named_parameters():
-        if not parameter.is_meta and id(parameter) not in of_adapter:
-            raise NotByModule(f"{name} is in the adapter's file")
-
-
-def check_tie(model: "PeftModel") -> None:
-    """Raise NotByModule where the adapter tunes an embedding or a head that are one tensor."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    base = model.get_base_model()
-    if base.config.get_text_config().tie_word_embeddings:
-        for end in (base.get_input_embeddings(), base.get_output_embeddings()):
-            if isinstance(end, BaseTunerLayer):
-                raise NotByModule("it tunes an embedding or a head that are one tensor")
+        fault = f"{len(ignored)} of its {len(adapter.keys)} tensors would be ignored"
+        fault = f"{fault}: {', '.join(ignored[:3])}"
+        raise UserError(f"{adapter.folder} does not fit this base: {fault}")
 
 
 # --- merging --------------------------------------------------------------------------------------
-
-
-def set_weights(plan: Plan, adapters: list[Adapter]) -> None:
-    """Give each adapter its weight; the changes of all are then summed in float64.
-
-    Only the change of LoRA and rsLoRA is a sum of the adapters': refuses others.
-    """
-    import torch
-
-    for adapter in adapters:
-        config = adapter.config
-        other = [name for name in ("use_dora", "modules_to_save") if config.get(name)]
-        if config.get("bias", "none") != "none":
-            other.append("bias")
-        if config.get("peft_type") != "LORA":
-            other.append("peft_type")
-        if other:
-            what = f"{other[0]} = {config[other[0]]!r:.60}"
-            fault = f"{adapter.folder} has {what}: only LoRA and rsLoRA can be weighted and summed"
-            raise UserError(f"{fault}; merge it alone, with weight 1")
-    plan.work_dtype = torch.float64
-    for layer in plan.layers.values():
-        layer.double()
-        for adapter in adapters:
-            if adapter.name in layer.scaling:
-                layer.scaling[adapter.name] *= adapter.weight
 
 
 def merge_by_module(plan: Plan, out: Path) -> list[Path]:
@@ -546,89 +543,55 @@ def merge_by_module(plan: Plan, out: Path) -> list[Path]:
 
     One shard is written while the next is made: two are in memory at most.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    groups = group_tensors(plan)
-    sizes = {name: tensor.nbytes for name, tensor in plan.base.mapped()}
-    split = split_state_dict_into_shards_factory(
-        {key: sum(sizes[name] for name in names) for key, names in groups.items()},
-        get_storage_size=lambda size: size,  # the "tensors" that it splits are these sizes
-        get_storage_id=lambda _: None,  # none shares its numbers with another one
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_SIZE,
-    )
-    remove_shards(out)
-    places = {}
+    split = split_into_shards(plan)
+    weight_map = {}
     with ThreadPoolExecutor(1) as writer:
         writing = None
-        for number, (shard, keys) in enumerate(split.filename_to_tensors.items(), 1):
-            tensors = new_tensors(plan, {key: groups[key] for key in keys})
-            places |= dict.fromkeys(tensors, shard)
+        for shard, keys in split.filename_to_tensors.items():
+            tensors = make_tensors(plan, keys)
+            weight_map.update(dict.fromkeys(tensors, shard))
             if writing:
                 writing.result()  # raises what went wrong there
             writing = writer.submit(write_shard, tensors, out / shard)
-            del tensors  # the writer lets go of them before the next but one is made
-            print(f"shard {number} of {len(split.filename_to_tensors)}", file=sys.stderr)
+            print(f"made {shard}", file=sys.stderr)
         writing.result()
+
     written = [out / shard for shard in split.filename_to_tensors]
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": places}
+        index = {"metadata": split.metadata, "weight_map": weight_map}
         write_file(out / INDEX, json.dumps(index, indent=2) + "\n")
         written.append(out / INDEX)
     return written
 
 
-def group_tensors(plan: Plan) -> dict[str, list[str]]:
-    """Group the tensors on the disk by what is made at once, so that no shard parts them.
+def split_into_shards(plan: Plan) -> "StateDictSplit":
+    """Decide which tuned modules (by their paths) and other tensors (by their names) share a file.
 
-    {path of a tuned module: its weight and bias}, {name of another tensor: itself}.
+    A module's weight and bias are merged at once, so they are never parted.
     """
-    parameters = {name: parameter for parameter, name in plan.disk_names.items()}
-    groups: dict[str, list[str]] = {}
-    for name in plan.base.files:
-        path = parameters.get(name, "").rpartition(".")[0]
-        key = path if path in plan.layers else name
-        groups.setdefault(key, []).append(name)
-    return groups
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    paths = {}
+    for path, module in plan.modules.items():
+        paths.update(dict.fromkeys(module.names.values(), path))
+    sizes = Counter()
+    for name in plan.files:
+        sizes[paths.get(name, name)] += read_tensor(plan.files, name).nbytes
+    return split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=int,  # each "tensor" that it splits is its size already
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_SIZE,
+    )
 
 
-def write_shard(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
-    """Write a safetensors file under another name, rename it once it is on the disk."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
-        temporary.chmod(0o644)  # safetensors lets only the owner read it
-        sync(temporary)
-        os.replace(temporary, path)
-    except SafetensorError as error:  # a full disk
-        raise UserError(f"{path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_shards(out: Path) -> None:
-    """Remove what a merge that broke off has left: transformers would load the wrong shards."""
-    for left in out.glob("model*.safetensors*"):
-        left.unlink()
-
-
-def new_tensors(plan: Plan, groups: dict[str, list[str]]) -> dict[str, "torch.Tensor"]:
-    """Make the tensors of one shard, of group_tensors(): merged, or copied."""
-    tensors = {}
-    tuned = []
-    for key in groups:
-        if key in plan.layers:
-            tuned.append(key)
-        else:
-            tensors[key] = plan.base.read(key)
+def make_tensors(plan: Plan, keys: list[str]) -> dict[str, "torch.Tensor"]:
+    """Make the tensors of one shard of split_into_shards(): merged, or copied."""
+    tensors = {key: read_tensor(plan.files, key) for key in keys if key not in plan.modules}
+    paths = [key for key in keys if key in plan.modules]
     with ThreadPoolExecutor(MODULES_AT_ONCE) as threads:
-        for merged in threads.map(functools.partial(merge_layer, plan), tuned):
-            tensors |= merged
-            if plan.norms is not None:
-                add_norms(plan, merged)
+        for merged in threads.map(functools.partial(merge_layer, plan), paths):
+            tensors.update(merged)
     return tensors
 
 
@@ -639,97 +602,72 @@ def merge_layer(plan: Plan, path: str) -> dict[str, "torch.Tensor"]:
     """
     import torch
 
-    layer = plan.layers[path]
+    layer = plan.modules[path].layer
+    names = plan.modules[path].names
     module = layer.get_base_layer()
     dtypes = {}
-    for attribute, _ in list(module.named_parameters()):
-        name = plan.disk_names[f"{path}.{attribute}"]
-        stored = plan.base.read(name)
-        if not stored.is_floating_point() or stored.element_size() < 2:
-            hint = f"{name} holds {stored.dtype}; merge into the 16-bit original"
-            raise UserError(f"{plan.base.files[name]}: {hint}")
-        dtypes[attribute] = stored.dtype
+    for attribute, name in names.items():
+        stored = read_tensor(plan.files, name)
+        if not stored.is_floating_point() or stored.element_size() < 2:  # quantised
+            fault = f"{name} holds {stored.dtype}; merge into the 16-bit original"
+            raise UserError(f"{plan.files[name]}: {fault}")
         dtype = stored.dtype
+        dtypes[attribute] = dtype
         if plan.work_dtype:
             dtype = torch.promote_types(dtype, plan.work_dtype)
         numbers = stored.to(dtype, copy=True)  # PEFT writes into it; `stored` is the mapped file
         setattr(module, attribute, torch.nn.Parameter(numbers, requires_grad=False))
-    try:
-        layer.merge(adapter_names=plan.adapter_names)
-    except Exception as error:
-        raise UserError(f"PEFT cannot merge {path}: {cause(error)}") from None
+    with name_errors(f"PEFT cannot merge {path}"):
+        layer.merge()
 
     merged = {}
-    for attribute, dtype in dtypes.items():
-        name = plan.disk_names[f"{path}.{attribute}"]
-        merged[name] = getattr(module, attribute).detach().to(dtype).contiguous()
-        if not is_finite(merged[name]):
-            raise UserError(f"{name}: the sum is not finite in {dtype}")
+    for attribute, name in names.items():
+        merged[name] = getattr(module, attribute).detach().to(dtypes[attribute]).contiguous()
+        check_finite(name, merged[name])
     module.to("meta")
     return merged
 
 
-def is_finite(tensor: "torch.Tensor") -> bool:
-    """Whether a tensor holds neither NaN nor infinite numbers; much faster than isfinite()."""
+def check_finite(name: str, tensor: "torch.Tensor") -> None:
+    """Refuse NaN and infinite numbers, by their range: much faster than isfinite()."""
     low, high = tensor.aminmax()  # each is NaN where any number is
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    if not math.isfinite(low.item()) or not math.isfinite(high.item()):
+        cause = "NaN or infinite numbers in adapter or base, or too large a change"
+        raise UserError(f"{name}: the sum is not finite in {tensor.dtype}: {cause}")
 
 
-def add_norms(plan: Plan, merged: dict[str, "torch.Tensor"]) -> None:
-    """Add a module's matrix to its layer's sums of squares: of the weights, and of their change."""
-    for name, new in merged.items():
-        if new.dim() != 2:
-            continue
-        number = re.search(r"\.(\d+)\.", name)
-        layer = f"layer {number[1]}" if number else name
-        weights = plan.base.read(name).double()
-        sums = plan.norms.setdefault(layer, Counter())
-        sums["weights"] += weights.square().sum().item()
-        sums["change"] += (new.double() - weights).square().sum().item()
+def write_shard(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
+    """Write a safetensors file under another name, rename it once it is on the disk."""
+    from safetensors.torch import save_file
 
-
-def norm_table(plan: Plan) -> str:
-    """Make a table of each layer's norms: those of the tuned weights and of their change."""
-    rows = []
-    for layer, sums in plan.norms.items():
-        weights = math.sqrt(sums["weights"])
-        change = math.sqrt(sums["change"])
-        cells = [weights, change, change / (weights or math.nan)]
-        rows.append([layer, *(f"{cell:.4g}" for cell in cells)])
-    return markdown_table(["layer", "weights", "change", "change / weights"], rows)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with name_errors(f"{path} cannot be written"):
+            save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
+        temporary.chmod(0o644)  # safetensors lets only the owner read it
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def merge_plainly(base: Base, adapters: list[Adapter], out: Path) -> list[Path]:
-    """Merge by PEFT with the whole model in memory; returns the files that were written."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    """Merge by PEFT with the whole model in memory; returns the files that were written.
 
-    try:
-        options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(base.folder, **options)
-    except Exception as error:  # as many kinds as there are models
-        raise UserError(f"{base.folder} cannot be loaded: {cause(error)}") from None
-    was_tied = model.config.tie_word_embeddings
-    model = wrap(model, adapters, base)
-    if model.active_peft_config.is_prompt_learning:
-        raise UserError(f"{adapters[0].folder} is a learned prompt: no weights can hold it")
+    Its config takes the place of the base's: the head may have become a tensor of its own.
+    """
+    model = wrap(load_model(base, weightless=False), adapters, base)
     untie_head(model)
-    try:
+    with name_errors(f"PEFT cannot merge {adapters[0].folder}"):
         merged = model.merge_and_unload()
-    except Exception as error:
-        raise UserError(f"PEFT cannot merge {adapters[0].folder}: {cause(error)}") from None
     for name, parameter in merged.named_parameters():
-        if not is_finite(parameter.detach()):
-            raise UserError(f"{name}: the sum is not finite in {parameter.dtype}")
+        check_finite(name, parameter.detach())
 
-    remove_shards(out)
-    try:
+    if not merged.config.tie_word_embeddings:  # PEFT says so, but not in a config within it
+        merged.config.get_text_config().tie_word_embeddings = False
+    with name_errors(f"{out} cannot be written"):
         merged.save_pretrained(out, max_shard_size=SHARD_SIZE)
-    except SafetensorError as error:  # a full disk
-        raise UserError(f"{out}: {error}") from None
-    if was_tied and not merged.config.tie_word_embeddings:
-        untie_config(base)
-    return [*sorted(out.glob("model*.safetensors*")), *sorted(out.glob("*config.json"))]
+    return [*out.glob("model*.safetensors*"), *out.glob("*config.json")]
 
 
 def untie_head(model: "PeftModel") -> None:
@@ -740,18 +678,46 @@ def untie_head(model: "PeftModel") -> None:
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    ends = [model.get_base_model().get_input_embeddings()]
-    ends.append(model.get_base_model().get_output_embeddings())
-    if any(end is None for end in ends):
-        return
-    tuned = any(isinstance(end, BaseTunerLayer) for end in ends)
-    modules = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
-    embedding, head = modules
-    if tuned and embedding.weight is head.weight:
+    embedding = model.get_base_model().get_input_embeddings()
+    head = model.get_base_model().get_output_embeddings()
+    tuned = isinstance(embedding, BaseTunerLayer) or isinstance(head, BaseTunerLayer)
+    if tuned and head is not None and head.weight is embedding.weight:
+        if isinstance(head, BaseTunerLayer):
+            head = head.get_base_layer()
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
-def check_logits(base: Base, adapter: Path, merged: Path) -> dict[str, float]:
+# --- checks of the result -------------------------------------------------------------------------
+
+
+def norm_table(base: Base, out: Path) -> list[str]:
+    """Tabulate each layer's norms: of the weights that changed, and of their change."""
+    import torch
+
+    files = find_tensors(out)
+    squares = defaultdict(Counter)
+    for name in base.files:
+        if name not in files:
+            continue
+        weights = read_tensor(base.files, name).float()
+        change = read_tensor(files, name).float() - weights
+        if change.any():
+            number = re.search(r"\.(\d+)\.", name)
+            layer = f"layer {number[1]}" if number else name
+            squares[layer]["weights"] += torch.sum(weights**2).item()
+            squares[layer]["change"] += torch.sum(change**2).item()
+
+    rows = []
+    for layer, sums in squares.items():
+        weight = math.sqrt(sums["weights"])
+        change = math.sqrt(sums["change"])
+        ratio = change / weight if weight else math.nan
+        rows.append([layer, f"{weight:.4g}", f"{change:.4g}", f"{ratio:.4g}"])
+    headers = ["layer", "weights", "change", "change / weights"]
+    return markdown_table(headers, rows).splitlines()
+
+
+def check_logits(base: Base, adapter: Adapter, out: Path) -> dict[str, float]:
     """Compare the merged model's logits with those of base + adapter; relative distances.
 
     In float32, so that all that is left is the rounding of the merged weights. UserError where the
@@ -759,104 +725,58 @@ def check_logits(base: Base, adapter: Path, merged: Path) -> dict[str, float]:
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    ids = torch.arange(16)[None] % (base.config.get("vocab_size") or 16)
-    if any((base.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
-        ids = tokenizer(PROBE, return_tensors="pt")["input_ids"]
-    options = {"dtype": torch.float32, "trust_remote_code": False}
     with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(base.folder, **options).eval()
+        options = {"dtype": torch.float32, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(base.folder, **options)
+        ids = torch.arange(16)[None] % model.get_input_embeddings().num_embeddings
         of_base = model(ids).logits
-        of_both = PeftModel.from_pretrained(model, adapter).eval()(ids).logits
+        of_both = PeftModel.from_pretrained(model, adapter.folder)(ids).logits
         del model  # before the next one is loaded
-        model = AutoModelForCausalLM.from_pretrained(merged, **options).eval()
-        ours = model(ids).logits
+        options["dtype"] = "auto"
+        model = AutoModelForCausalLM.from_pretrained(out, **options)
+        rounding = torch.finfo(model.dtype).eps
+        of_merged = model.float()(ids).logits
 
     found = {
-        "to_base_and_adapter": ((ours - of_both).norm() / of_both.norm()).item(),
-        "to_base": ((ours - of_base).norm() / of_base.norm()).item(),
+        "to_base_and_adapter": ((of_merged - of_both).norm() / of_both.norm()).item(),
+        "to_base": ((of_merged - of_base).norm() / of_base.norm()).item(),
     }
-    print("logits, relative distance of the merged model:", found)
-    dtypes = {tensor.dtype for _, tensor in base.mapped() if tensor.is_floating_point()}
-    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-    most = min(max(1e-4, 16 * coarsest), found["to_base"])
-    if not found["to_base_and_adapter"] <= most:
+    most = min(max(1e-4, 16 * rounding), found["to_base"])
+    if not found["to_base_and_adapter"] <= most:  # NaN is no distance either
         raise UserError(f"--check-logits: merged and base + adapter differ: {found}")
     return found
 
 
-# --- where base, adapter and partner come from ----------------------------------------------------
+# --- where base, adapters and partner come from ---------------------------------------------------
 
 
-def open_pairs(folder: Path) -> dict[str, str]:
-    """Read the contamination pairs that nobody decided to be not-a-leak: {pair: training row}."""
-    decisions = read_decisions(folder / "decisions.jsonl")
-    pairs = {}
-    for pair in read_jsonl(folder / "pairs.jsonl", {"pair_id": str, "train_id": str}):
-        verdict = decisions.get(pair["pair_id"], {}).get("verdict")
-        if verdict != "not-a-leak":
-            pairs[pair["pair_id"]] = pair["train_id"]
-    return pairs
-
-
-def describe_training(adapter: Adapter) -> dict[str, Any]:
-    """Collect what is known of an adapter: its hash, its data, their licences and leaks."""
-    about: dict[str, Any] = {"folder": str(adapter.folder), "weight": adapter.weight}
-    about["sha256"] = sha256_of(adapter.folder / ADAPTER)
-    about["data"] = {}
-    for name, known in read_known(adapter.folder / "run.json", "inputs", dict).items():
-        if Path(name).suffix not in (".json", ".jsonl"):
-            continue
-        about["data"][name] = known
-        recorded = known.get("sha256") if isinstance(known, dict) else None
-        if Path(name).is_file() and sha256_of(Path(name)) == recorded:
-            about |= describe_rows(Path(name))
-    return about
-
-
-def describe_rows(data: Path) -> dict[str, Any]:
-    """Count the licences of a training set's rows, and the rows that are flagged as leaks."""
-    rows = read_jsonl(data, {})
-    about: dict[str, Any] = {}
-    about["licences"] = Counter(str(row.get("licence", "unknown")) for row in rows)
-    if data.with_name("pairs.jsonl").exists():
-        leaks = set(open_pairs(data.parent).values())
-        about["flagged_rows"] = sum(row.get("id") in leaks for row in rows)
-        about["contamination"] = str(data.parent)
-    return about
-
-
-def compare_with_origin(args: argparse.Namespace, base: Base, adapter: Adapter) -> str:
+def check_fingerprint(args: argparse.Namespace, base: Base, adapter: Adapter) -> str:
     """Compare the base with the one that an adapter was trained on; returns a warning, or nothing.
 
     Refuses another base without --foreign-base.
     """
-    from finetune import base_fingerprint
-
     path = adapter.folder / "base_fingerprint.json"
     if not path.exists():
         return f"no {path}: whether {base.folder} is the base it was trained on"
-    known = read_json(path)
-    if known.get("load_in_4bit"):
-        print(
-            f"{adapter.folder} was trained on NF4; the merge is into the 16-bit weights. To score "
-            "it on NF4: python evaluate.py --load-in-4bit --adapter",
-            file=sys.stderr,
-        )
+    trained_on = read_json(path)
+    shown = one_line(adapter.folder)
+    if trained_on.get("load_in_4bit"):
+        print(f"{shown} was trained on NF4; the merge is into the 16-bit weights", file=sys.stderr)
+        print("to score it on NF4: python evaluate.py --load-in-4bit --adapter", file=sys.stderr)
     found = base_fingerprint(base.folder)
-    differ = [part for part in found if known.get(part) != found[part]]
+    differ = [part for part in found if trained_on.get(part) != found[part]]
     if not differ:
-        print(f"{base.folder} is the base that {adapter.folder} was trained on: fingerprints agree")
+        print(f"{one_line(base.folder)} is the base of {shown}: fingerprints agree")
         return ""
 
-    origin = known.get("base_model") or adapter.config.get("base_model_name_or_path")
-    what = f"{adapter.folder} was trained on {origin}; {base.folder} differs in its "
-    what += " and ".join(differ)
+    origin = trained_on.get("base_model") or adapter.config.get("base_model_name_or_path")
+    fault = f"{adapter.folder} was trained on {origin}; {base.folder} differs in its "
+    fault += " and ".join(differ)
     if not args.foreign_base:
-        raise UserError(f"{what}; if you mean it, add --foreign-base")
-    return what
+        raise UserError(f"{fault}; if you mean it, add --foreign-base")
+    return fault
 
 
 def check_partner(args: argparse.Namespace) -> str:
@@ -866,41 +786,101 @@ def check_partner(args: argparse.Namespace) -> str:
     """
     folder = args.partner_check
     if not folder:
-        warning = "no --partner-check: the other model may know benchmark questions"
-        return warning if args.foreign_base else ""
+        caution = "no --partner-check: the other model may know benchmark questions"
+        return caution if args.foreign_base else ""
     check_input(folder / "pairs.jsonl", "python check_contamination.py writes it")
-    pairs = len(open_pairs(folder))
-    what = f"{folder}: {pairs} pairs are not decided not-a-leak"
-    if pairs and not args.allow_contaminated:
-        raise UserError(f"{what}; see them with python tui.py {folder}")
-    return f"{what}, and it was merged all the same" if pairs else ""
+    pairs = sum(len(pairs) for pairs in read_leaks(folder).values())
+    if not pairs:
+        return ""
+    fault = f"{folder}: {pairs} pairs are not decided not-a-leak"
+    if not args.allow_contaminated:
+        raise UserError(f"{fault}; see them with python tui.py {folder}")
+    return f"{fault}, and it was merged all the same"
+
+
+def read_leaks(folder: Path) -> dict[str, list[Row]]:
+    """Read a check's rows that may be leaks: {id: its pairs that nobody decided not-a-leak}."""
+    pairs = read_jsonl(folder / "pairs.jsonl", {"pair_id": str, "train_id": str})
+    return removed_ids(pairs, read_decisions(folder / DECISIONS))
+
+
+def describe_training(adapter: Adapter) -> Row:
+    """Collect what is known of an adapter: its hash, its data, their licences and leaks."""
+    described: Row = {"folder": str(adapter.folder), "weight": adapter.weight, "data": {}}
+    described["sha256"] = adapter.hashes[str(adapter.folder / ADAPTER)]["sha256"]
+    run = read_object(adapter.folder / "run.json")  # read_adapter() has refused a broken one
+    for name, recorded in run.get("inputs", {}).items():
+        data = Path(name)
+        if data.suffix not in (".json", ".jsonl"):
+            continue
+        described["data"][name] = recorded
+        if data.is_file() and sha256_of(data) == recorded.get("sha256"):
+            described.update(describe_rows(data))
+    return described
+
+
+def describe_rows(data: Path) -> Row:
+    """Count the licences of a training set's rows, and the rows that are flagged as leaks."""
+    rows = read_jsonl(data, {})
+    described: Row = {}
+    described["licences"] = dict(Counter(str(row.get("licence", "unknown")) for row in rows))
+    if data.with_name("pairs.jsonl").exists():
+        leaks = read_leaks(data.parent)
+        described["flagged_rows"] = sum(row.get("id") in leaks for row in rows)
+        described["contamination"] = str(data.parent)
+    return described
+
+
+def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> Row:
+    """Check where base, adapters and partner come from; returns what card and run.json say of it.
+
+    Prints the warnings.
+    """
+    described = [describe_training(adapter) for adapter in adapters]
+    cautions = [check_fingerprint(args, base, adapter) for adapter in adapters]
+    cautions.append(check_partner(args))
+    weights = Counter()
+    for training in described:
+        weights[training["folder"]] += training["weight"]
+        rows = training.get("flagged_rows", "an unknown number of")
+        if rows:
+            fault = f"was trained on {rows} rows that are flagged as leaks"
+            cautions.append(f"{training['folder']} {fault}")
+    cautions = [caution for caution in cautions if caution]
+    for caution in cautions:
+        print(f"warning: {one_line(caution)}", file=sys.stderr)
+
+    former = read_value(base.folder / "run.json", "lineage", list)
+    lineage = [step for step in former if isinstance(step, dict)]
+    lineage.append({"base_model": args.base_model, "adapters": dict(weights)})
+    return {
+        "base_model": args.base_model,
+        "adapters": described,
+        "warnings": cautions,
+        "lineage": lineage,
+    }
 
 
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def copy_rest(base: Base, out: Path) -> list[Path]:
-    """Copy the base's tokenizer, licences and configuration; returns the copies."""
-    copies = []
+def start_folder(base: Base, out: Path) -> set[Path]:
+    """Remove shards of a merge that broke off; copy the base's tokenizer, licences and config.
+
+    Returns the copies.
+    """
+    for left in out.glob("model*.safetensors*"):  # transformers would load the wrong ones
+        left.unlink()
+    copies = set()
     for pattern in COPIED:
         for path in sorted(base.folder.glob(pattern)):
             if path.is_file():
                 write_file(out / path.name, path.read_bytes())
-                copies.append(out / path.name)
-    if read_json(base.folder / "config.json") != base.config:
-        write_file(out / "config.json", json.dumps(base.config, indent=2) + "\n")
+                copies.add(out / path.name)
     return copies
 
 
-def untie_config(base: Base) -> None:
-    """Write down that the head is no longer the embedding."""
-    base.config["tie_word_embeddings"] = False
-    text = base.config.get("text_config")  # of models that also see or hear
-    if isinstance(text, dict) and "tie_word_embeddings" in text:
-        text["tie_word_embeddings"] = False
-
-
-def write_card(base: Base, about: dict[str, Any], out: Path) -> Path:
+def write_card(base: Base, record: Row, out: Path) -> Path:
     """Write the model card: licences, the chain of bases and adapters, data, warnings."""
     card = base.folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
@@ -910,122 +890,25 @@ def write_card(base: Base, about: dict[str, Any], out: Path) -> Path:
         f"Licence of the base: {', '.join(licences)}. It and those of the training data apply to "
         "this model. `run.json` holds all hashes."
     )
-    for step in about["lineage"]:
-        adapters = count_names(step.get("adapters"))
-        lines.append(f"- base `{step.get('base_model')}`, adapters {adapters}")
-    for adapter in about["adapters"]:
-        flagged = adapter.get("flagged_rows", "unknown")
-        lines.append(
-            f"- `{adapter['folder']}`, sha256 {adapter['sha256']}, rows flagged as leaks: {flagged}"
-            f", data {json.dumps(adapter['data'])}"
-            f", licences of rows: {count_names(adapter.get('licences'))}"
-        )
-    for warning in about["warnings"]:
-        lines.append(f"- **warning**: {warning}")
-    write_file(out / "README.md", "\n\n".join(lines) + "\n")
+    for step in record["lineage"]:
+        lines.append(f"- base `{step.get('base_model')}`, adapters: {step.get('adapters')}")
+    for adapter in record["adapters"]:
+        known = ", ".join(f"{key}: {value}" for key, value in adapter.items())
+        lines.append(f"- adapter, {known}")
+    for caution in record["warnings"]:
+        lines.append(f"- **warning**: {caution}")
+    shown = [one_line(line, 9999) for line in lines]
+    write_file(out / "README.md", "\n\n".join(shown) + "\n")
     return out / "README.md"
 
 
-def count_names(found: Any) -> str:
-    """Write a dict of name -> number as text: {"MIT": 54} is "MIT (54)"."""
-    if not isinstance(found, dict) or not found:
-        return "unknown"
-    return ", ".join(f"{name} ({number})" for name, number in found.items())
-
-
-def check_room(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> None:
-    """Refuse an output inside an input, and a disk that is too small, before any work."""
-    out = args.out.resolve()
-    for folder in (base.folder, *(adapter.folder for adapter in adapters)):
-        if folder.resolve() in out.parents:
-            raise UserError(f"--out {args.out} lies inside {folder}, an input; name another folder")
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    free += sum(path.stat().st_size for path in out.glob("*model*.safetensors*"))  # of a former run
-    size = sum(path.stat().st_size for path in set(base.files.values()))
-    if size > free:
-        raise UserError(f"{args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free")
-
-
-def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> dict[str, Any]:
-    """Check where base, adapters and partner come from; returns what card and run.json say of it.
-
-    Prints the warnings.
-    """
-    found = [compare_with_origin(args, base, adapter) for adapter in adapters]
-    found.append(check_partner(args))
-    described = []
-    for adapter in adapters:
-        known = describe_training(adapter)
-        described.append(known)
-        rows = known.get("flagged_rows", "an unknown number of")
-        if rows:
-            what = f"{rows} rows that are flagged as leaks"
-            found.append(f"{adapter.folder} was trained on {what}")
-    found = [warning for warning in found if warning]
-    for warning in found:
-        print(f"warning: {one_line(warning)}", file=sys.stderr)
-
-    before = read_known(base.folder / "run.json", "lineage", list)
-    lineage = [step for step in before if isinstance(step, dict)]
-    used = Counter()
-    for known in described:
-        used[known["folder"]] += known["weight"]
-    lineage.append({"base_model": args.base_model, "adapters": used})
-    return {
-        "base_model": args.base_model,
-        "adapters": described,
-        "warnings": found,
-        "lineage": lineage,
-    }
-
-
-def read_adapters(args: argparse.Namespace) -> list[Adapter]:
-    """Read all adapters, and set args.base_model to their base where no flag names one."""
-    adapters = []
-    for number, (folder, weight) in enumerate(args.adapter):
-        adapters.append(open_adapter(f"adapter-{number}", Path(folder), weight))
-    own = adapters[0].config.get("base_model_name_or_path")
-    args.base_model = args.base_model or str(own or "")
-    return adapters
-
-
-def choose_way(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> Plan | None:
-    """Plan the merge module by module; None, and say why, where PEFT has to merge it as a whole."""
-    for adapter in adapters:
-        check_numbers(adapter)
-        check_options(adapter)
-    try:
-        plan = make_plan(base, adapters)
-    except NotByModule as reason:
-        if is_weighted(adapters):
-            fault = f"{reason}: such an adapter can be merged alone only, with weight 1"
-            raise UserError(fault) from None
-        shown = one_line(str(reason))  # options and their values may hold anything
-        print(f"merging with the whole model in memory: {shown}", file=sys.stderr)
-        if args.foreign_base:
-            print("without a table of norms, therefore", file=sys.stderr)
-        return None
-    plan.norms = {} if args.foreign_base else None
-    return plan
-
-
-def input_files(base: Base, adapters: list[Adapter]) -> list[Path]:
-    """List the files that decide the result."""
-    files = [base.folder / "config.json", *dict.fromkeys(base.files.values())]
-    for adapter in adapters:
-        files += [adapter.folder / CONFIG, adapter.folder / ADAPTER]
-    return files
-
-
-def report(plan: Plan) -> dict[str, Any]:
-    """Print the table of norms, where there is one; returns it and counts for run.json."""
-    about: dict[str, Any] = {"counts": {"tuned_modules": len(plan.layers)}}
-    if plan.norms is not None:
-        table = norm_table(plan)
-        print(table)
-        about["norms"] = table.splitlines()
-    return about
+def report(out: Path, record: Row) -> None:
+    """Print what the checks have measured, and the next command."""
+    for line in record.get("norms", []):
+        print(line)
+    if "logits" in record:
+        print("logits, relative distance of the merged model:", record["logits"])
+    print(printable(f"wrote {out}. Next:\n{next_command(out)}"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1033,29 +916,31 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages, a third less CPU time
-    adapters = read_adapters(args)
-    base = read_base(args.base_model)
-    check_output(args.out, args.overwrite, base.folder, *(adapter.folder for adapter in adapters))
-    check_room(args, base, adapters)
-    about = describe_merge(args, base, adapters)
+    adapters = open_adapters(args)
+    base = open_base(args, adapters[0])
+    check_place(args, base, adapters)
+    record = describe_merge(args, base, adapters)
     with ThreadPoolExecutor(1) as beside:  # hashes, while the libraries are imported
-        hashing = beside.submit(describe_files, input_files(base, adapters))
-        plan = choose_way(args, base, adapters)
+        hashing = beside.submit(describe_files, [base.folder / "config.json", *base.shards])
+        plan = choose_way(base, adapters)
         inputs = hashing.result()
+    for adapter in adapters:
+        inputs.update(adapter.hashes)
 
     with claim_output(args.out, args.overwrite):
+        outputs = start_folder(base, args.out)
         if plan:
-            outputs = merge_by_module(plan, args.out)
-            about |= report(plan)
+            outputs.update(merge_by_module(plan, args.out))
+            record["counts"] = {"tuned_modules": len(plan.modules)}
         else:
-            outputs = merge_plainly(base, adapters, args.out)
-        outputs += copy_rest(base, args.out)
-        outputs.append(write_card(base, about, args.out))
+            outputs.update(merge_plainly(base, adapters, args.out))
+        if args.foreign_base:
+            record["norms"] = norm_table(base, args.out)
         if args.check_logits:
-            about["logits"] = check_logits(base, adapters[0].folder, args.out)
-        finish_run(args, inputs, outputs, started, **about)
-    print(f"wrote {args.out}. Next:")
-    print(next_command(args.out))
+            record["logits"] = check_logits(base, adapters[0], args.out)
+        outputs.add(write_card(base, record, args.out))
+        finish_run(args, inputs, outputs=sorted(outputs), started=started, **record)
+    report(args.out, record)
 
 
 if __name__ == "__main__":
