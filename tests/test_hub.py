@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote
 
 import pytest
@@ -18,7 +19,10 @@ from datasets import Dataset, Image
 
 import build_dataset as build
 
+Record = dict[str, Any]
 MAIN = "f" * 40  # the commit of every main branch
+API = r"/api/datasets/([^/]+/[^/]+)(?:/([a-z-]+)/(\w+)/?(.*))?"  # name, verb, commit, folder
+RESOLVE = r"/datasets/([^/]+/[^/]+)/resolve/(\w+)/(.+)"  # name, commit, file
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -28,11 +32,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = unquote(self.path).partition("?")
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/([a-z-]+)/(\w+)/?(.*))?", path):
+        if found := re.fullmatch(API, path):
             name, verb, commit, below = found.groups()
             folder = self.folder(name, commit or "main")
-            self.answer_api(folder, verb or "revision", below, "recursive=true" in query)
-        elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
+            self.answer_api(folder, verb or "revision", below, recursive="recursive=true" in query)
+        elif found := re.fullmatch(RESOLVE, path):
             name, commit, file = found.groups()
             self.answer_file(self.folder(name, commit), file)
         else:
@@ -41,42 +45,64 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET
 
     def folder(self, name: str, commit: str) -> Path:
-        place = name if commit in ("main", MAIN) else f"{name}@{commit}"
-        return self.root / "datasets" / place
+        """Where a commit of a repository lies."""
+        if commit in ["main", MAIN]:
+            return self.root / "datasets" / name
+        return self.root / "datasets" / f"{name}@{commit}"
+
+    def commit_of(self, folder: Path) -> str:
+        return folder.name.partition("@")[2] or MAIN
 
     def answer_api(self, folder: Path, verb: str, below: str, recursive: bool) -> None:
-        files = [self.entry(folder, path) for path in sorted(folder.rglob("*"))]
-        commit = folder.name.partition("@")[2] or MAIN
         if not folder.is_dir():
             self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif verb == "revision":
-            siblings = [{"rfilename": file["path"]} for file in files if file["type"] == "file"]
-            self.answer_json({"id": folder.name, "sha": commit, "siblings": siblings})
+            self.answer_revision(folder)
         elif verb == "paths-info":
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            asked = parse_qs(body).get("paths") or json.loads(body)["paths"]
-            self.answer_json([file for file in files if file["path"] in asked])
+            self.answer_paths(folder)
         elif not (folder / below).is_dir():
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         else:
-            paths = (folder / below).rglob("*") if recursive else (folder / below).iterdir()
+            paths = (folder / below).glob("**/*" if recursive else "*")
             self.answer_json([self.entry(folder, path) for path in sorted(paths)])
 
-    def entry(self, folder: Path, path: Path) -> dict:
+    def answer_revision(self, folder: Path) -> None:
+        """Answer with a repository's commit and the names of its files."""
+        siblings = []
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                siblings.append({"rfilename": str(path.relative_to(folder))})
+        commit = self.commit_of(folder)
+        self.answer_json({"id": folder.name, "sha": commit, "siblings": siblings})
+
+    def answer_paths(self, folder: Path) -> None:
+        """Describe those of the paths in the request's body, a form or JSON, that exist."""
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length).decode()
+        asked = parse_qs(body)
+        if "paths" not in asked:
+            asked = json.loads(body)
+        existing = [folder / name for name in asked["paths"] if (folder / name).exists()]
+        self.answer_json([self.entry(folder, path) for path in existing])
+
+    def entry(self, folder: Path, path: Path) -> Record:
+        """Describe a file or folder as the hub lists it."""
         kind = "file" if path.is_file() else "directory"
-        size = path.stat().st_size
-        return {"type": kind, "oid": MAIN, "size": size, "path": str(path.relative_to(folder))}
+        name = str(path.relative_to(folder))
+        return {"type": kind, "oid": MAIN, "size": path.stat().st_size, "path": name}
 
     def answer_file(self, folder: Path, name: str) -> None:
-        commit = folder.name.partition("@")[2] or MAIN
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{quote(name, safe="")}"'}
+        etag = quote(name, safe="")
+        headers = {"X-Repo-Commit": self.commit_of(folder), "ETag": f'"{etag}"'}
         if (folder / name).is_file():
             self.answer(200, (folder / name).read_bytes(), headers)
         else:
-            self.answer(404, b"", {**headers, "X-Error-Code": "EntryNotFound"})
+            headers["X-Error-Code"] = "EntryNotFound"
+            self.answer(404, b"", headers)
 
     def answer_json(self, value: object) -> None:
-        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        body = json.dumps(value).encode()
+        self.answer(200, body, {"Content-Type": "application/json"})
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -102,32 +128,43 @@ def hub(tmp_path: Path) -> Iterator[int]:
     server.server_close()
 
 
-def run_build(port: int, tmp_path: Path, sources: str, *args: str) -> subprocess.CompletedProcess:
+RUN_WITH_SOURCES = """
+import pathlib, sys
+import build_dataset as build
+build.SOURCES = pathlib.Path(sys.argv.pop(1))
+build.run_main(build.main)
+"""
+
+
+def run_build(
+    port: int, tmp_path: Path, sources: str, flags: list[str]
+) -> subprocess.CompletedProcess:
     """Run step 1 on a sources.toml, with the stand-in in place of the hub and of other hosts."""
-    (tmp_path / "sources.toml").write_text(
-        re.sub(r"https://(github.com|arb.duckai.org)", f"http://localhost:{port}", sources)
-    )
-    code = (
-        "import sys, pathlib, build_dataset as build; "
-        "build.SOURCES = pathlib.Path(sys.argv.pop(1)); build.run_main(build.main)"
-    )
-    flags = ["--out", tmp_path / "out", "--cache", tmp_path / "cache", *args]
-    home = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "home")}
-    environment = {**os.environ, **home}
+    here = f"http://localhost:{port}"
+    sources = re.sub(r"https://(github.com|arb.duckai.org)", here, sources)
+    file = tmp_path / "sources.toml"
+    file.write_text(sources)
+
+    environment = dict(os.environ)
     environment.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "sources.toml"), *map(str, flags)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    environment["HF_ENDPOINT"] = f"http://127.0.0.1:{port}"
+    environment["HF_HOME"] = str(tmp_path / "home")
+    command = [sys.executable, "-c", RUN_WITH_SOURCES, str(file)]
+    command += ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    command += flags
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def steps_of(number: int, human: dict | None, generation: int | None) -> dict:
+# --- what the sources hold ------------------------------------------------------------------------
+
+
+def solved_by_steps(
+    number: int, human: Record | None = None, generation: int | None = None
+) -> Record:
     """A solved row of PRM800K: phase 1 has no generation, phase 2 nothing written by a person."""
+    completions = [{"text": "Add.", "rating": 1}]
+    step = {"completions": completions, "human_completion": human}
     answer = {"completions": [{"text": f"# Answer\n\n{number}", "rating": 1}]}
-    step = {"completions": [{"text": "Add.", "rating": 1}], "human_completion": human}
     return {
         "generation": generation,
         "question": {"problem": f"What is {number} + 0?", "ground_truth_answer": str(number)},
@@ -135,83 +172,101 @@ def steps_of(number: int, human: dict | None, generation: int | None) -> dict:
     }
 
 
+def math_files() -> dict[str, list[Record]]:
+    """One file for each configuration."""
+    files = {}
+    for config in build.load_sources()["math"]["hub"]["names"]:
+        files[f"{config}/train-0.parquet"] = [{"problem": config, "solution": "s"}]
+    return files
+
+
+def scibench_files() -> dict[str, list[Record]]:
+    """Files of one problem; some have one more column."""
+    files = {}
+    for file in build.load_sources()["scibench"]["hub"]["data_files"]:
+        row = {"problem_text": file, "answer_number": "5"}
+        if file.endswith("_sol.json"):
+            row["solution"] = "worked"
+        files[file] = [row]
+    return files
+
+
 CHOICES = ["iron", "wood"]
-HUMAN = {"text": "By hand.", "rating": 1}
-PICTURE = {"bytes": b"nothing that could be decoded", "path": "p.png"}
-CASE = {"Problem Statement": "Who is liable?", "Answer Candidates": CHOICES}
-CONFIGS = build.load_sources()["math"]["hub"]["names"]
-SCIBENCH = build.load_sources()["scibench"]["hub"]["data_files"]
-FILES = {  # {source: {file: its raw rows}} in the layouts that the sources publish
-    "prm800k": {
-        "phase1_train.jsonl": [steps_of(1, HUMAN, None), steps_of(2, None, None)],
-        "phase2_train.jsonl": [steps_of(3, None, 9), steps_of(4, None, 9)],
-    },
-    "math": {f"{c}/train-0.parquet": [{"problem": c, "solution": "s"}] for c in CONFIGS},
-    "scienceqa": {
-        "data/train-0.parquet": [
-            {
-                "question": "Which is a metal?",
-                "choices": CHOICES,
-                "hint": "",
-                "skill": "s",
-                "lecture": "",
-                "solution": "Iron.",
-            }
-        ]
-    },
-    "scibench": {
-        file: [{"problem_text": file, "answer_number": "5"}]
-        for file in SCIBENCH
-        if not file.endswith("_sol.json")
-    },
-    "reclor": {
-        "train.json": [{"context": "A theorem.", "question": "So?", "answers": CHOICES, "label": 1}]
-    },
-    "theoremqa": {
-        "data/test-0.parquet": [
-            {"Question": "How many primes?", "Answer": "3", "Picture": None},
-            {"Question": "How many in the picture?", "Answer": "4", "Picture": PICTURE},
-        ]
-    },
-    "leetcode": {"data/train-0.parquet": [{"prompt": "Sort.", "full_code": "sorted(x)"}]},
-    "airoboros": {"instructions.jsonl": [{"instruction": "A proof", "response": "r"}]},
-    "tigerbot": {
-        "code.json": [
-            {"instruction": "Use python to solve", "input": "Reverse it.", "output": "x[::-1]"},
-            {"instruction": "Use java to solve", "input": "Reverse it.", "output": "none"},
-        ]
-    },
-    "openbookqa": {
-        "additional/train-0.parquet": [
-            {
-                "question_stem": "What burns?",
-                "choices": {"text": CHOICES, "label": ["A", "B"]},
-                "answerKey": "B",
-                "fact1": "Wood burns.",
-            }
-        ]
-    },
-    "arb": {
-        "law": [{**CASE, "Final Answer": "A"}],
-        "mcatReading/test": [{**CASE, "Problem Statement": "Why?", "Solution": "B. So."}],
-        "mcatReading/val": [{**CASE, "Problem Statement": "When?", "Solution": "A. Then."}],
-    },
-    "guanaco": {"a_train.jsonl": [{"text": "### Human: Physics?### Assistant: Yes."}]},
+# {source: {file: its raw rows}}, laid out as they are published
+FILES: dict[str, dict[str, list[Record]]] = {}
+
+BY_HAND = {"text": "By hand.", "rating": 1}
+FILES["prm800k"] = {
+    "phase1_train.jsonl": [solved_by_steps(1, human=BY_HAND), solved_by_steps(2)],
+    "phase2_train.jsonl": [solved_by_steps(3, generation=9), solved_by_steps(4, generation=9)],
 }
-for solved in set(SCIBENCH) - set(FILES["scibench"]):  # with one more column
-    row = {"problem_text": solved, "answer_number": "5", "solution": "worked"}
-    FILES["scibench"][solved] = [row]
+
+FILES["math"] = math_files()
+
+SCIENCEQA = {
+    "question": "Which is a metal?",
+    "choices": CHOICES,
+    "hint": "",
+    "skill": "s",
+    "lecture": "",
+    "solution": "Iron.",
+}
+FILES["scienceqa"] = {"data/train-0.parquet": [SCIENCEQA]}
+
+FILES["scibench"] = scibench_files()
+
+RECLOR = {"context": "A theorem.", "question": "So?", "answers": CHOICES, "label": 1}
+FILES["reclor"] = {"train.json": [RECLOR]}
+
+PICTURE = {"bytes": b"nothing that could be decoded", "path": "p.png"}
+FILES["theoremqa"] = {
+    "data/test-0.parquet": [
+        {"Question": "How many primes?", "Answer": "3", "Picture": None},
+        {"Question": "How many in the picture?", "Answer": "4", "Picture": PICTURE},
+    ]
+}
+
+FILES["leetcode"] = {"data/train-0.parquet": [{"prompt": "Sort.", "full_code": "sorted(x)"}]}
+
+FILES["airoboros"] = {"instructions.jsonl": [{"instruction": "A proof", "response": "r"}]}
+
+FILES["tigerbot"] = {
+    "code.json": [
+        {"instruction": "Use python to solve", "input": "Reverse it.", "output": "x[::-1]"},
+        {"instruction": "Use java to solve", "input": "Reverse it.", "output": "none"},
+    ]
+}
+
+OPENBOOKQA = {
+    "question_stem": "What burns?",
+    "choices": {"text": CHOICES, "label": ["A", "B"]},
+    "answerKey": "B",
+    "fact1": "Wood burns.",
+}
+FILES["openbookqa"] = {"additional/train-0.parquet": [OPENBOOKQA]}
+
+CASE = {"Problem Statement": "Who is liable?", "Answer Candidates": CHOICES}
+FILES["arb"] = {
+    "law": [{**CASE, "Final Answer": "A"}],
+    "mcatReading/test": [{**CASE, "Problem Statement": "Why?", "Solution": "B. So."}],
+    "mcatReading/val": [{**CASE, "Problem Statement": "When?", "Solution": "A. Then."}],
+}
+
+FILES["guanaco"] = {"a_train.jsonl": [{"text": "### Human: Physics?### Assistant: Yes."}]}
 
 
-def place_of(root: Path, hub: dict, file: str) -> Path:
+def place_of(root: Path, hub: Record, file: str) -> Path:
     """Where the stand-in has a file of a source: in a repository's commit, or at an address."""
     if hub["path"] == "json":
-        return root / "web" / hub["folder"].split("/", 3)[3] / file
-    commit = f"@{hub['revision']}" if "revision" in hub else ""
-    return root / "datasets" / f"{hub['path']}{commit}" / file
+        scheme, _, host, folder = hub["folder"].split("/", 3)
+        return root / "web" / folder / file
+    repository = hub["path"]
+    if "revision" in hub:
+        repository += f"@{hub['revision']}"
+    return root / "datasets" / repository / file
 
 
-def write_rows(file: Path, rows: list[dict]) -> None:
+def write_rows(file: Path, rows: list[Record]) -> None:
     """Write rows as the file's suffix says: Parquet, one record a line, or one list."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".parquet":
@@ -220,9 +275,20 @@ def write_rows(file: Path, rows: list[dict]) -> None:
             data = data.cast_column("Picture", Image())
         data.to_parquet(str(file))
     elif file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps(row) for row in rows]
+        file.write_text("\n".join(lines))
     else:
         file.write_text(json.dumps(rows))
+
+
+def write_card(file: Path, configs: list[str]) -> None:
+    """Write the README.md of a repository whose configurations lie in folders of their names."""
+    lines = ["---", "configs:"]
+    for name in configs:
+        lines.append(f"- config_name: {name}")
+        lines.append(f'  data_files: [{{split: train, path: "{name}/train-*"}}]')
+    lines.append("---\n")
+    file.write_text("\n".join(lines))
 
 
 def write_repositories(root: Path) -> None:
@@ -234,45 +300,47 @@ def write_repositories(root: Path) -> None:
             write_rows(place_of(root, hub, file), rows)
         if source == "reclor":
             write_rows(place_of(root, hub, "val.json"), files["train.json"])
-
-        splits = [
-            f'- config_name: {name}\n  data_files: [{{split: train, path: "{name}/train-*"}}]\n'
-            for name in hub.get("names", [])
-        ]
-        if splits:
-            card = f"---\nconfigs:\n{''.join(splits)}---\n"
-            place_of(root, hub, "README.md").write_text(card)
+        if "names" in hub:
+            write_card(place_of(root, hub, "README.md"), hub["names"])
 
 
 def test_every_source_gives_the_rows_of_its_files(hub: int, tmp_path: Path) -> None:
     write_repositories(tmp_path / "hub")
-    done = run_build(hub, tmp_path, build.SOURCES.read_text(), "--cosine-threshold", "1")
+    done = run_build(hub, tmp_path, build.SOURCES.read_text(), flags=["--cosine-threshold", "1"])
     assert done.returncode == 0, done.stderr
 
-    rows = [json.loads(line) for line in (tmp_path / "out/dataset.jsonl").open()]
-    table = json.loads((tmp_path / "out/run.json").read_text())["counts"]["sources"]
-    assert [line["source"] for line in table] == list(FILES)
-    for line in table:
-        source = line["source"]
+    found: dict[str, set] = {source: set() for source in FILES}
+    for line in (tmp_path / "out/dataset.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found[row["source"]].add(tuple(row[field] for field in build.FIELDS))
+
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    table = run["counts"]["sources"]
+    assert [counts["source"] for counts in table] == list(FILES)
+    for counts in table:
+        source = counts["source"]
         convert = build.make_converter(build.load_sources()[source])
-        raws = [raw for file in FILES[source].values() for raw in file]
-        texts = [convert(raw) for raw in raws]
-        found = {tuple(row[f] for f in build.FIELDS) for row in rows if row["source"] == source}
-        assert found and found == set(texts) - {None}, source
-        assert (line["read"], line["rule"]) == (len(raws), texts.count(None)), source
-        assert line["kept"] == len(raws) - texts.count(None), source
+        expected = []  # None: a row that a rule of the source leaves out
+        for rows in FILES[source].values():
+            expected += [convert(row) for row in rows]
+        by_rule = expected.count(None)
+        assert counts["read"] == len(expected), source
+        assert counts["rule"] == by_rule, source
+        assert counts["kept"] == len(expected) - by_rule, source
+        assert found[source], source
+        assert found[source] == set(expected) - {None}, source
 
 
 def test_faults_of_all_sources_are_named_at_once(hub: int, tmp_path: Path) -> None:
     write_repositories(tmp_path / "hub")
-    text = build.SOURCES.read_text()
-    pinned = build.load_sources()["guanaco"]["hub"]["revision"]
-    for old, new in (('split = "test"', ""), ("nuprl/", "nobody/"), (pinned, "0" * 40)):
-        assert old in text
-        text = text.replace(old, new)
+    sources = build.SOURCES.read_text()
+    commit = build.load_sources()["guanaco"]["hub"]["revision"]
+    for right, wrong in [('split = "test"', ""), ("nuprl/", "nobody/"), (commit, "0" * 40)]:
+        assert right in sources
+        sources = sources.replace(right, wrong)
 
     names = "theoremqa,leetcode,airoboros,guanaco"
-    done = run_build(hub, tmp_path, text, "--sources", names)
+    done = run_build(hub, tmp_path, sources, flags=["--sources", names])
     assert_refused(done, "source guanaco", "timdettmers", "0" * 40)
     faults = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(faults) == 3
