@@ -1,23 +1,25 @@
-"""Scoring by shared prefixes against lm-evaluation-harness: the same model, requests and machine.
+"""Time scoring by shared prefixes against lm-evaluation-harness: same model, requests, machine.
 
     python benchmarks/evaluate_speed.py --local raw
     python benchmarks/evaluate_speed.py --local raw --size 7b     # on a GPU; 13b likewise
 
-Needs the benchmarks' real files (README.md, "Layouts"). Each repeat runs both ways one after
-the other on the same task objects, through lm_eval.simple_evaluate from prompts to metrics; shown
-are medians. The harness runs with its cache of one-token answers on (its default and fastest), at
-the best of several batch sizes, which is looked for first. The model is random: speed does not
-depend on what it says. Its tokenizer is a byte-level BPE made of the questions themselves.
+Needs the benchmarks' real files (README.md, "Layouts"). Prints a table of tokens, seconds and peak
+memory, and the largest difference of a log-likelihood. Each repeat runs both ways one after the
+other on the same task objects, through lm_eval.simple_evaluate from prompts to metrics; shown are
+medians. The harness runs with its cache of one-token answers on (its default and fastest), at the
+best of several batch sizes, which is looked for first. The model is random: speed does not depend
+on what it says. Its tokenizer is a byte-level BPE made of the questions themselves.
 
 The sample has questions of each benchmark; `full suite` scales each way's seconds on it, less what
 a run costs with one question, by the tokens that the way needs for all questions, which are counted
 without a forward pass.
+
 Without a GPU it computes in one thread and counts CPU time, which other processes change little;
-that takes about 15 minutes of it. On an H100 the 7B with one repeat took 104 s.
+that takes about 15 minutes of it and 2 GB. On an H100 the 7B with one repeat took 104 s, and 27 GB
+of its memory.
 """
 
 import argparse
-import functools
 import importlib.util
 import json
 import os
@@ -25,36 +27,139 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# Last: the package `evaluate` comes before our evaluate.py.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import build_dataset
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import ConfigurableTask
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from prefix_lm import PrefixLM
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder: it has a merge.py, too
-SIZES = {  # hidden, intermediate, layers, heads, vocabulary, type
-    "small": (512, 1376, 4, 8, 8_192, "float32"),  # 12.6 M parameters in its layers
-    "7b": (4096, 11008, 32, 32, 32_000, "bfloat16"),  # Llama 2's shapes
-    "13b": (5120, 13824, 40, 40, 32_000, "bfloat16"),
+
+
+@dataclass
+class LlamaShape:
+    """The sizes of a random Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocabulary: int
+    dtype: str
+
+
+SHAPES = {
+    "small": LlamaShape(
+        hidden=512, intermediate=1376, layers=4, heads=8, vocabulary=8_192, dtype="float32"
+    ),  # 12.6 M parameters in its layers
+    "7b": LlamaShape(
+        hidden=4096, intermediate=11008, layers=32, heads=32, vocabulary=32_000, dtype="bfloat16"
+    ),  # Llama 2's, as the next
+    "13b": LlamaShape(
+        hidden=5120, intermediate=13824, layers=40, heads=40, vocabulary=32_000, dtype="bfloat16"
+    ),
 }
-QUESTIONS = {"arc": 10, "hellaswag": 40, "truthfulqa": 24}  # and MMLU's SUBJECTS, whole
+SAMPLE = {"arc": 10, "hellaswag": 40, "truthfulqa": 24}  # questions; MMLU's SUBJECTS are whole
 SUBJECTS = ("abstract_algebra", "machine_learning", "astronomy")
-FULL = {"arc": 1172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
-GPU_FACTOR = 2  # the sample on a GPU is this many times larger
-SHOWN = ("tokens", "forward", "seconds", "megabytes")
-BATCH_SIZES = {"cpu": (1, 4, 8), "cuda": (8, 16, 32)}
+GPU_SAMPLE = 2  # times as many questions on a GPU
+ALL_QUESTIONS = {"arc": 1172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
+COUNTED = 50  # questions of ARC and of HellaSwag from which the tokens of all are projected
+BATCH_SIZES = {"cpu": (1, 4, 8), "cuda": (8, 16, 32)}  # the harness's, of which the best is taken
+FEW_SHOT_SEED = 1234  # simple_evaluate's default
 
 
-def load_script() -> Any:
-    """evaluate.py under another name: the harness needs the package that its own name hides."""
+@dataclass
+class Figures:
+    """What one way of scoring takes: in a run, in the median of several, or as a ratio."""
+
+    tokens: float  # that the model is given
+    forward: float  # seconds in the model
+    seconds: float  # from prompts to metrics
+    megabytes: float = 0.0  # at the peak
+
+
+@dataclass
+class Run:
+    """The figures of one run, and {(task, question): log-likelihood of each answer}."""
+
+    figures: Figures
+    answers: dict[tuple[str, int], list[float]]
+
+
+@dataclass
+class TokenCount:
+    """Tokens that either way gives to the model."""
+
+    harness: float  # with its cache on: each different input once
+    ours: float  # nodes of the trie
+
+
+@dataclass
+class Comparison:
+    """Both ways on the sample of one benchmark."""
+
+    benchmark: str
+    questions: int
+    batch_size: int  # the harness's
+    start_up: float  # seconds outside the model that a run takes, however few its questions
+    difference: float  # the largest between the log-likelihoods of an answer
+    harness: Figures
+    ours: Figures
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--local", type=Path, required=True, help="folder of the benchmarks' files")
+    parser.add_argument("--size", choices=SHAPES, default="small", help="of the model")
+    parser.add_argument("--repeats", type=int, default=3, help="of both ways (default: 3)")
+    return parser.parse_args(argv)
+
+
+def load_evaluate() -> "ModuleType":
+    """Return evaluate.py as a module of another name: its own is that of the package."""
     spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "evaluate.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.import_harness()
-    return script
+    evaluate_script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evaluate_script)
+    evaluate_script.import_harness()
+    return evaluate_script
 
 
-def make_tokenizer(texts: list[str], size: int) -> Any:
-    """A byte-level BPE of the benchmarks' own words: about 4 characters a token, as Llama's."""
+def load_tasks(
+    evaluate_script: "ModuleType", benchmark: str, local: Path, subjects: tuple[str, ...] = ()
+) -> list["ConfigurableTask"]:
+    """Return the harness's tasks of a benchmark on local rows; of MMLU the named subjects, or all.
+
+    TruthfulQA is two tasks, MMLU one for each subject.
+    """
+    flags = ["--model", "none", "--tasks", benchmark, "--local", str(local)]
+    found = evaluate_script.benchmark_tasks(evaluate_script.parse_args(flags))
+    tasks = []
+    for name, (_, task) in found.items():
+        chosen = not subjects or name.removeprefix("mmlu_") in subjects
+        if benchmark != "mmlu" or chosen:
+            tasks.append(task)
+    return tasks
+
+
+def train_tokenizer(texts: list[str], size: int) -> "PreTrainedTokenizerFast":
+    """Return a byte-level BPE of these texts: about 4 characters a token, as Llama's."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -67,300 +172,427 @@ def make_tokenizer(texts: list[str], size: int) -> Any:
     )
 
 
-def make_model(size: str, vocabulary: int, device: str) -> Any:
-    """A random Llama made on the device itself; nothing is read from a disk or a hub."""
+def make_random_llama(shape: LlamaShape, device: str) -> "PreTrainedModel":
+    """Return a random Llama, made on the device itself; nothing is read from a disk or a hub."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    hidden, inner, layers, heads, _, dtype = SIZES[size]
     config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         max_position_embeddings=4096,
-        tie_word_embeddings=size == "small",
+        tie_word_embeddings=shape is SHAPES["small"],
         bos_token_id=0,
         eos_token_id=1,
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype))
     return model.eval()
 
 
-class Meter:
-    """Seconds and tokens of a model's forward passes, by hooks on the model itself."""
+class ForwardMeter:
+    """Counts the seconds and tokens of a model's forward passes, by hooks on the model itself."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.seconds, self.tokens = model, 0.0, 0
-        model.register_forward_pre_hook(self.before, with_kwargs=True)
-        model.register_forward_hook(self.after)
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.cuda = model.device.type == "cuda"
+        self.reset()
+        model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        model.register_forward_hook(self.after_forward)
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self.seconds = 0.0
+        self.tokens = 0
 
     def clock(self) -> float:
-        """Seconds, once the GPU is idle; without one, of CPU time: others' work does not count."""
+        """Return seconds: of the clock once the GPU is idle; without one, of this process's CPU."""
         import torch
 
-        if self.model.device.type != "cuda":
+        if not self.cuda:
             return time.process_time()
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        self.tokens += ids.numel()
+    def before_forward(
+        self, model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Count the tokens of the pass, and start its clock."""
+        if "input_ids" in kwargs:
+            input_ids = kwargs["input_ids"]
+        else:
+            input_ids = args[0]
+        self.tokens += input_ids.numel()
         self.began = self.clock()
 
-    def after(self, *_: Any) -> None:
+    def after_forward(self, *_: Any) -> None:
+        """Add the pass's seconds."""
         self.seconds += self.clock() - self.began
 
 
-class Peak:
-    """The most memory used in a block, in MB: of the GPU, or of this process above its start."""
+class PeakMemory:
+    """Finds the most memory used in a block: the GPU's, or this process's above its start."""
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
+        self.megabytes = 0.0
 
     def resident(self) -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        """Return the resident bytes of this process; Linux."""
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
-    def __enter__(self) -> "Peak":
+    def __enter__(self) -> "PeakMemory":
         import torch
 
-        self.start, self.most, self.over = self.resident(), 0, threading.Event()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
+        self.start = self.resident()
+        self.growth = 0
+        self.over = threading.Event()
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()
         return self
 
     def watch(self) -> None:
+        """Look at the resident bytes every hundredth of a second, until the block is over."""
         while not self.over.wait(0.01):
-            self.most = max(self.most, self.resident() - self.start)
+            self.growth = max(self.growth, self.resident() - self.start)
 
     def __exit__(self, *_: Any) -> None:
         import torch
 
         self.over.set()
         self.thread.join()
-        self.megabytes = (torch.cuda.max_memory_allocated() if self.cuda else self.most) / 1e6
+        if self.cuda:
+            self.megabytes = torch.cuda.max_memory_allocated() / 1e6
+        else:
+            self.megabytes = self.growth / 1e6
 
 
-def build_tasks(script: Any, name: str, local: Path, subjects: tuple[str, ...] = ()) -> list[Any]:
-    """The harness's tasks of a benchmark on local rows; of MMLU the subjects asked for, or all."""
-    args = script.parse_args(["--model", "x", "--tasks", name, "--local", str(local)])
-    tasks = script.benchmark_tasks(args)
-    kept = [task for key, (_, task) in tasks.items() if not subjects or key[5:] in subjects]
-    return kept if name == "mmlu" else [task for _, task in tasks.values()]
+class Contenders:
+    """The two ways of scoring with one model, and the meter on it."""
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
+        import prefix_lm
+
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ours = prefix_lm.PrefixLM(pretrained=model, tokenizer=tokenizer, quiet=True)
+        assert not self.ours.why_stock, self.ours.why_stock
+        self.meter = ForwardMeter(model)
+
+    def harness(self, batch_size: int) -> "LM":
+        """Return the harness's own way."""
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size)
 
 
-def requests_of(tasks: list[Any], limit: int | None) -> list[Any]:
-    """The harness's requests of tasks, drawn as simple_evaluate draws them."""
-    found = []
+def build_requests(tasks: list["ConfigurableTask"], limit: int | None) -> list["Instance"]:
+    """Return the harness's requests of tasks, their examples drawn as simple_evaluate does."""
+    requests = []
     for task in tasks:
-        task.set_fewshot_seed(1234)
+        task.set_fewshot_seed(FEW_SHOT_SEED)
         task.build_all_requests(limit=limit, rank=0, world_size=1)
-        found += task.instances
-    return found
+        requests += task.instances
+    return requests
 
 
 class TokenCounter:
-    """Stands where scores are made: it counts what either way would forward."""
+    """Stands where scores are made: it counts the tokens that either way would forward."""
 
     def __init__(self) -> None:
-        self.stock = 0  # with the harness's cache, each different input once
-        self.nodes = 0  # of the trie
+        self.count = TokenCount(harness=0, ours=0)
 
-    def score(self, lm: Any, requests: list[Any]) -> list[tuple[float, bool]]:
+    def score(self, lm: "PrefixLM", requests: list[Any]) -> list[tuple[float, bool]]:
         """Count the tokens of sorted requests, and return a zero for each."""
-        from prefix_lm import count_new_tokens, sort_key
+        import prefix_lm
 
-        inputs = {sort_key(request)[0] for request in requests}
-        self.stock += sum(len(ids) // 4 for ids in inputs)
-        self.nodes += sum(count_new_tokens(requests))
+        inputs = {prefix_lm.sort_key(request)[0] for request in requests}
+        for input_bytes in inputs:
+            self.count.harness += len(input_bytes) // 4  # bytes of an id
+        self.count.ours += sum(prefix_lm.count_new_tokens(requests))
         return [(0.0, False)] * len(requests)
 
 
-def count_tokens(lm: Any, instances: list[Any]) -> tuple[int, int]:
-    """(tokens that the harness forwards with its cache on, nodes of the trie); no forward pass."""
+def count_tokens(lm: "PrefixLM", requests: list["Instance"]) -> TokenCount:
+    """Count the tokens of requests, without a forward pass."""
     counter = TokenCounter()
     lm.store = counter
-    lm.loglikelihood(instances)
+    lm.loglikelihood(requests)
     lm.store = None
-    return counter.stock, counter.nodes
+    return counter.count
 
 
-def full_suite(lm: Any, tasks: dict[str, list[Any]]) -> dict[str, tuple[float, float]]:
-    """{benchmark: the same two counts for all of its questions}; ARC and HellaSwag from 50 each.
+def count_mmlu(lm: "PrefixLM", tasks: list["ConfigurableTask"]) -> TokenCount:
+    """Count the tokens of all of MMLU, in seconds: no prompt is encoded twice.
 
-    MMLU's prompts are a subject's examples and then the question, so both parts are encoded once;
-    its four answers are one token each, so a question is one input for the harness too.
+    A prompt is its subject's examples and then the question, so both parts are encoded once. The
+    four answers are one token each, so a question is one input for the harness, too.
     """
-    counts = {}
-    for name, of in tasks.items():
-        if name != "mmlu":
-            limit = 50 if name in ("arc", "hellaswag") else None
-            share = FULL[name] / limit if limit else 1
-            stock, nodes = count_tokens(lm, requests_of(of, limit))
-            counts[name] = (stock * share, nodes * share)
-            continue
-        sums = [0, 0]
-        for task in of:
-            first = requests_of([task], 1)[0].args[0]
-            docs = list(task.eval_docs)
-            questions = [task.doc_to_text(doc) for doc in docs]
-            examples = first.removesuffix(questions[0])
-            encoded = lm.tokenizer([examples, *questions], verbose=False)["input_ids"]
-            shared, *lengths = map(len, encoded)
-            sums[0] += shared * len(docs) + sum(lengths)
-            sums[1] += shared + sum(lengths)
-        counts[name] = (sums[0], sums[1])
-    return counts
+    count = TokenCount(harness=0, ours=0)
+    for task in tasks:
+        docs = list(task.eval_docs)
+        questions = [task.doc_to_text(doc) for doc in docs]
+        first_prompt = build_requests([task], 1)[0].args[0]
+        examples = first_prompt.removesuffix(questions[0])
+
+        encoded = lm.tokenizer([examples, *questions], verbose=False)["input_ids"]
+        shared = len(encoded[0])
+        own = sum(len(input_ids) for input_ids in encoded[1:])
+        count.harness += shared * len(docs) + own
+        count.ours += shared + own
+    return count
 
 
-def measure(
-    lm: Any, meter: Meter, tasks: list[Any], limit: int | None, cuda: bool
-) -> dict[str, Any]:
-    """One run of simple_evaluate: seconds, of them in the forward pass, tokens, memory, answers."""
+def count_benchmark(lm: "PrefixLM", benchmark: str, tasks: list["ConfigurableTask"]) -> TokenCount:
+    """Count the tokens of all questions of a benchmark; those of ARC and HellaSwag from COUNTED."""
+    if benchmark == "mmlu":
+        return count_mmlu(lm, tasks)
+    if benchmark == "truthfulqa":
+        return count_tokens(lm, build_requests(tasks, None))
+    count = count_tokens(lm, build_requests(tasks, COUNTED))
+    scale = ALL_QUESTIONS[benchmark] / COUNTED
+    return TokenCount(harness=count.harness * scale, ours=count.ours * scale)
+
+
+def score(lm: "LM", meter: ForwardMeter, tasks: list["ConfigurableTask"], limit: int | None) -> Run:
+    """Score up to `limit` questions of each task, from prompts to metrics."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    meter.seconds, meter.tokens = 0.0, 0
     manager = TaskManager(include_defaults=False)
-    with Peak(cuda) as peak:
+    meter.reset()
+    with PeakMemory(meter.cuda) as peak:
         began = meter.clock()
-        found = simple_evaluate(
-            lm, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0,
-            fewshot_random_seed=1234,
-        )  # fmt: skip
+        results = simple_evaluate(
+            lm,
+            tasks=tasks,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+            fewshot_random_seed=FEW_SHOT_SEED,
+        )
         seconds = meter.clock() - began
-    answers = {
-        (name, sample["doc_id"]): [answer[0] for answer in sample["filtered_resps"]]
-        for name, samples in found["samples"].items()
-        for sample in samples
-    }
-    return {"seconds": seconds, "forward": meter.seconds, "tokens": meter.tokens,
-            "megabytes": peak.megabytes, "answers": answers}  # fmt: skip
+
+    answers = {}
+    for task, samples in results["samples"].items():
+        for sample in samples:
+            log_likelihoods = [answer[0] for answer in sample["filtered_resps"]]
+            answers[task, sample["doc_id"]] = log_likelihoods
+    figures = Figures(meter.tokens, meter.seconds, seconds, peak.megabytes)
+    return Run(figures, answers)
 
 
-def best_batch_size(
-    make: Callable[[int], Any], meter: Meter, tasks: list[Any], sizes: tuple[int, ...], limit: int
-) -> int:
-    """The harness's fastest on a few questions; a size that does not fit is left out."""
+def find_batch_size(contenders: Contenders, tasks: list["ConfigurableTask"], limit: int) -> int:
+    """Return the harness's fastest batch size on `limit` questions of each task."""
+    meter = contenders.meter
+    sizes = BATCH_SIZES["cuda"] if meter.cuda else BATCH_SIZES["cpu"]
     seconds = {}
     for size in sizes:
         try:
-            found = measure(make(size), meter, tasks, limit, False)
-            seconds[size] = found["seconds"]
-        except RuntimeError:  # out of memory
+            run = score(contenders.harness(size), meter, tasks, limit)
+        except RuntimeError:  # out of memory: so are larger ones
             break
+        seconds[size] = run.figures.seconds
     return min(seconds, key=seconds.get)
 
 
-def measure_all(
-    tasks: dict[str, list[Any]], ours: Any, stock: Callable[[int], Any], meter: Meter, repeats: int
-) -> dict[str, dict[str, Any]]:
-    """{benchmark: {"harness", "ours": medians; "batch", "questions", "fixed", "difference"}}."""
-    cuda = ours.model.device.type == "cuda"
-    results = {}
-    for name, of in tasks.items():
-        limit = None if name == "mmlu" else QUESTIONS[name] * (GPU_FACTOR if cuda else 1)
-        few = 8 if limit is None else max(1, limit // 6)
-        sizes = BATCH_SIZES["cuda" if cuda else "cpu"]
-        found: dict[str, Any] = {"batch": best_batch_size(stock, meter, of, sizes, few)}
-        once = measure(ours, meter, of, 1, cuda)  # what a run costs, however few the questions
-        found["fixed"] = once["seconds"] - once["forward"]
-        runs: dict[str, list[dict[str, Any]]] = {"harness": [], "ours": []}
-        for _ in range(repeats):
-            runs["harness"].append(measure(stock(found["batch"]), meter, of, limit, cuda))
-            runs["ours"].append(measure(ours, meter, of, limit, cuda))
-        theirs, mine = (runs[way][-1]["answers"] for way in runs)
-        # TruthfulQA's two tasks ask the same questions, MMLU's subjects do not
-        found["questions"] = len({(name == "mmlu" and task, row) for task, row in theirs})
-        pairs = [zip(theirs[key], mine[key], strict=True) for key in theirs]
-        found["difference"] = max(abs(x - y) for pair in pairs for x, y in pair)
-        for way, several in runs.items():
-            found[way] = {key: statistics.median(run[key] for run in several) for key in SHOWN}
-        results[name] = found
-        print(f"measured {name}", file=sys.stderr, flush=True)
-    return results
+def median_figures(runs: list[Run]) -> Figures:
+    """Return the median of each figure."""
+    found = [run.figures for run in runs]
+    return Figures(
+        tokens=statistics.median(figures.tokens for figures in found),
+        forward=statistics.median(figures.forward for figures in found),
+        seconds=statistics.median(figures.seconds for figures in found),
+        megabytes=statistics.median(figures.megabytes for figures in found),
+    )
 
 
-def print_row(name: str, questions: Any, way: str, of: dict[str, float], memory: str = "") -> None:
-    """One line of the table."""
-    many = of["tokens"] >= 100  # else it is a ratio
-    tokens = f"{of['tokens']:,.0f}" if many else f"{of['tokens']:.2f}"
-    seconds = f"{of['forward']:,.2f} | {of['seconds']:,.2f}"
-    print(f"| {name} | {questions} | {way} | {tokens} | {seconds} | {memory} |")
+def largest_difference(one: Run, other: Run) -> float:
+    """Return by how much the log-likelihoods of an answer differ at most."""
+    largest = 0.0
+    for question, log_likelihoods in one.answers.items():
+        for ours, theirs in zip(log_likelihoods, other.answers[question], strict=True):
+            largest = max(largest, abs(ours - theirs))
+    return largest
 
 
-def print_table(results: dict[str, dict[str, Any]], counts: dict[str, tuple[float, float]]) -> None:
-    """The sample, and the full suite: each way's seconds scaled by its own tokens."""
+def count_questions(benchmark: str, run: Run) -> int:
+    """Return how many questions a run scored: TruthfulQA's two tasks ask the same ones."""
+    if benchmark == "mmlu":
+        return len(run.answers)
+    rows = {row for _, row in run.answers}
+    return len(rows)
+
+
+def sample_limits(benchmark: str, cuda: bool) -> tuple[int | None, int]:
+    """Return the questions of each task that are timed (None: all) and that find a batch size."""
+    if benchmark == "mmlu":
+        return None, 8
+    limit = SAMPLE[benchmark]
+    if cuda:
+        limit *= GPU_SAMPLE
+    return limit, max(1, limit // 6)
+
+
+def compare_on(
+    benchmark: str, tasks: list["ConfigurableTask"], contenders: Contenders, repeats: int
+) -> Comparison:
+    """Score the sample of a benchmark both ways, in turn."""
+    meter = contenders.meter
+    limit, trial_limit = sample_limits(benchmark, meter.cuda)
+    batch_size = find_batch_size(contenders, tasks, trial_limit)
+    least = score(contenders.ours, meter, tasks, 1).figures
+
+    harness_runs = []
+    our_runs = []
+    for _ in range(repeats):
+        harness_runs.append(score(contenders.harness(batch_size), meter, tasks, limit))
+        our_runs.append(score(contenders.ours, meter, tasks, limit))
+
+    print(f"measured {benchmark}", file=sys.stderr, flush=True)
+    return Comparison(
+        benchmark=benchmark,
+        questions=count_questions(benchmark, our_runs[-1]),
+        batch_size=batch_size,
+        start_up=least.seconds - least.forward,
+        difference=largest_difference(our_runs[-1], harness_runs[-1]),
+        harness=median_figures(harness_runs),
+        ours=median_figures(our_runs),
+    )
+
+
+def scale_up(figures: Figures, start_up: float, tokens: float) -> Figures:
+    """Project figures to another number of tokens; the seconds of starting up are there once."""
+    scale = tokens / figures.tokens
+    return Figures(
+        tokens=tokens,
+        forward=figures.forward * scale,
+        seconds=start_up + (figures.seconds - start_up) * scale,
+    )
+
+
+def add_figures(found: list[Figures]) -> Figures:
+    """Return the sums of tokens and of seconds."""
+    return Figures(
+        tokens=sum(figures.tokens for figures in found),
+        forward=sum(figures.forward for figures in found),
+        seconds=sum(figures.seconds for figures in found),
+    )
+
+
+def print_figures(label: str, questions: int, way: str, figures: Figures, memory: str = "") -> None:
+    """Print one way's line of the table."""
+    seconds = f"{figures.forward:,.2f} | {figures.seconds:,.2f}"
+    print(f"| {label} | {questions:,} | {way} | {figures.tokens:,.0f} | {seconds} | {memory} |")
+
+
+def print_ratios(label: str, harness: Figures, ours: Figures) -> None:
+    """Print how many times as much the harness takes."""
+    tokens = harness.tokens / ours.tokens
+    forward = harness.forward / ours.forward
+    seconds = harness.seconds / ours.seconds
+    print(f"| {label} |  | **ratio** | {tokens:.2f} | {forward:,.2f} | {seconds:,.2f} |  |")
+
+
+def print_table(comparisons: list[Comparison], counts: dict[str, TokenCount]) -> None:
+    """Print the sample, and the full suite: each way's seconds scaled by its own tokens."""
     print("| benchmark | questions | | tokens | forward s | end to end s | peak MB |")
     print("|:--|--:|:--|--:|--:|--:|--:|")
-    total = {way: dict.fromkeys(SHOWN[:3], 0.0) for way in ("harness", "ours")}
-    for name, found in results.items():
-        for place, way in enumerate(total):
-            of = found[way]
-            label = f"harness, batch {found['batch']}" if way == "harness" else "ours"
-            print_row(name, found["questions"], label, of, f"{of['megabytes']:,.0f}")
-            scale = counts[name][place] / of["tokens"]
-            for key in total[way]:
-                fixed = found["fixed"] if key == "seconds" else 0.0
-                total[way][key] += fixed + (of[key] - fixed) * scale
-        ratio = {key: found["harness"][key] / found["ours"][key] for key in SHOWN[:3]}
-        print_row(name, "", "**ratio**", ratio)
-    for way, of in total.items():
-        print_row("full suite", f"{sum(FULL.values()):,}", f"{way}, scaled", of)
-    ratio = {key: total["harness"][key] / total["ours"][key] for key in SHOWN[:3]}
-    print_row("full suite", "", "**ratio**", ratio)
-    worst = max(found["difference"] for found in results.values())
-    print(f"\nlargest difference of a log-likelihood: {worst:.1e}")
+    harness_parts = []
+    our_parts = []
+    for found in comparisons:
+        name = found.benchmark
+        way = f"harness, batch {found.batch_size}"
+        print_figures(name, found.questions, way, found.harness, f"{found.harness.megabytes:,.0f}")
+        print_figures(name, found.questions, "ours", found.ours, f"{found.ours.megabytes:,.0f}")
+        print_ratios(name, found.harness, found.ours)
+        harness_parts.append(scale_up(found.harness, found.start_up, counts[name].harness))
+        our_parts.append(scale_up(found.ours, found.start_up, counts[name].ours))
+
+    harness = add_figures(harness_parts)
+    ours = add_figures(our_parts)
+    questions = sum(ALL_QUESTIONS.values())
+    print_figures("full suite", questions, "harness, scaled", harness)
+    print_figures("full suite", questions, "ours, scaled", ours)
+    print_ratios("full suite", harness, ours)
+
+    largest = max(found.difference for found in comparisons)
+    print(f"\nlargest difference of a log-likelihood: {largest:.1e}")
+
+
+def describe_model(contenders: Contenders) -> str:
+    """Return the model's size and how it computes, in a line."""
+    import torch
+
+    model = contenders.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    size = f"{parameters / 1e6:,.1f} M parameters ({head / parameters:.0%} in the head)"
+    place = f"{model.dtype}, {model.device.type}, {torch.get_num_threads()} threads"
+    return f"{size}, {place}; packs of {contenders.ours.scorer.pack} tokens"
+
+
+def choose_device() -> str:
+    """Return "cuda", or "cpu", which from here on is one thread."""
+    import torch
+
+    if torch.cuda.is_available():
+        return build_dataset.check_device("cuda")
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return build_dataset.check_device("cpu")
+
+
+def load_all_tasks(local: Path) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """Return {benchmark: tasks} of the sample, and of the full suite."""
+    evaluate_script = load_evaluate()
+    began = time.perf_counter()
+    sample = {}
+    for benchmark in ALL_QUESTIONS:
+        sample[benchmark] = load_tasks(evaluate_script, benchmark, local, SUBJECTS)
+    suite = dict(sample)
+    suite["mmlu"] = load_tasks(evaluate_script, "mmlu", local)
+    print(f"task set-up: {time.perf_counter() - began:.1f} s, not in the figures below")
+    return sample, suite
+
+
+def make_contenders(shape: LlamaShape, tasks: dict[str, list[Any]]) -> Contenders:
+    """Make the model, with a tokenizer of the tasks' rows."""
+    device = choose_device()
+    texts = []
+    for benchmark_tasks in tasks.values():
+        for task in benchmark_tasks:
+            texts += [json.dumps(doc) for doc in task.eval_docs]
+    tokenizer = train_tokenizer(texts, shape.vocabulary)
+
+    began = time.perf_counter()
+    model = make_random_llama(shape, device)
+    print(f"model: {time.perf_counter() - began:.1f} s, not in the figures below")
+    return Contenders(model, tokenizer)
 
 
 def main() -> None:
     """Measure, then print the table that README.md shows."""
-    shape = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
-    parser.add_argument("--local", type=Path, required=True, help="folder of the benchmarks' files")
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
-    parser.add_argument("--repeats", type=int, default=3, help="of both ways (default: 3)")
-    args = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"
-    import torch
+    args = parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # read when a library is imported: here, before them
 
-    script = load_script()
-    from lm_eval.models.huggingface import HFLM
+    sample, suite = load_all_tasks(args.local)
+    contenders = make_contenders(SHAPES[args.size], sample)
+    print(f"{describe_model(contenders)}\n", flush=True)
 
-    from prefix_lm import PrefixLM
-
-    device = script.check_device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cpu":
-        torch.set_num_threads(1)
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    began = time.perf_counter()
-    tasks = {name: build_tasks(script, name, args.local, SUBJECTS) for name in FULL}
-    everything = {**tasks, "mmlu": build_tasks(script, "mmlu", args.local)}
-    set_up = time.perf_counter() - began
-    texts = [json.dumps(doc) for of in tasks.values() for task in of for doc in task.eval_docs]
-    tokenizer = make_tokenizer(texts, SIZES[args.size][4])
-    began = time.perf_counter()
-    model = make_model(args.size, SIZES[args.size][4], device)
-    load = time.perf_counter() - began
-    common = {"pretrained": model, "tokenizer": tokenizer}
-    ours = PrefixLM(quiet=True, **common)
-    assert not ours.why_stock, ours.why_stock
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    head = model.get_output_embeddings().weight.numel() / 1e6 / millions
-    print(f"{millions:,.1f} M parameters ({head:.0%} in the head), {model.dtype}, {device}, "
-          f"{torch.get_num_threads()} threads; packs of {ours.scorer.pack} tokens")  # fmt: skip
-    print(f"task set-up {set_up:.1f} s, model {load:.1f} s: not in the figures below\n", flush=True)
-    counts = full_suite(ours, everything)
-    stock = functools.partial(HFLM, **common)
-    meter, theirs = Meter(model), lambda size: stock(batch_size=size)
-    results = measure_all(tasks, ours, theirs, meter, args.repeats)
-    print_table(results, counts)
+    counts = {}
+    for benchmark, tasks in suite.items():
+        counts[benchmark] = count_benchmark(contenders.ours, benchmark, tasks)
+    comparisons = []
+    for benchmark, tasks in sample.items():
+        comparisons.append(compare_on(benchmark, tasks, contenders, args.repeats))
+    print_table(comparisons, counts)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """Time merging side by side: cp, ours, PEFT, mergekit; then the memory of ours by shard size.
 
-A random bfloat16 Llama in shards of 500 MB and a random LoRA of rank 16 on the MLP's matrices, the
-paper's targets. Every run is a process of its own that begins with the base's files in the page
-cache, no output and nothing to write back, and counts until its bytes are on the disk (`sync`).
-Rivals that are not in our environment run from .venv-rivals (benchmarks/requirements.txt). Memory
-is the kernel's own high-water mark of resident memory, mapped files included; "imports" is a
-process that imports torch, transformers and peft, and does nothing. 10 minutes, 20 GB of disk.
-
     python benchmarks/merge.py
     python benchmarks/merge.py --gigabytes 0.5 --runs 1 --shards 0.1,0.2
+
+Prints two tables: seconds, peak memory and disk of each method, and whether its bits are PEFT's;
+and what ours needs above its imports for output shards of several sizes. The base is a random
+bfloat16 Llama in shards of 500 MB, the adapter a random LoRA of rank 16 on the MLP's matrices, the
+paper's targets.
+
+Every run is a process of its own that begins with the base's files in the page cache, no output and
+nothing to write back, and counts until its bytes are on the disk (`sync`). Memory is the kernel's
+own high-water mark of resident memory, mapped files included; "imports" is a process that imports
+torch, transformers and peft, and does nothing. mergekit runs from .venv-rivals
+(benchmarks/requirements.txt). 10 minutes, 20 GB of disk, 5 GB of memory.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -24,20 +29,29 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Last: the package `evaluate` comes before our evaluate.py.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import check_contamination
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-SHARD = 500_000_000  # bytes of the base's files
-RANK = 16
+BASE_SHARD = 500_000_000  # bytes of the base's files
+LORA_RANK = 16
 HIDDEN = 2048
 INNER = 5632
 VOCABULARY = 32000
 LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)  # in bfloat16
 ENDS_BYTES = 2 * 2 * VOCABULARY * HIDDEN  # embedding and head
-IMPORTS = "import torch, transformers, peft; from peft import PeftModel; from transformers import "
-IMPORTS += "AutoModelForCausalLM"
-PEFT = """
+IMPORT_LIBRARIES = """
+import torch, transformers, peft
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+"""
+MERGE_BY_PEFT = """
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -46,13 +60,15 @@ model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
 model.save_pretrained(out, max_shard_size="5GB")
 """
-WITH_SHARDS = """
+MERGE_WITH_SHARDS = """
 import sys
-sys.path.append(sys.argv[1])
+sys.path.insert(0, sys.argv[1])
 import merge
 merge.SHARD_SIZE = int(sys.argv[2])
 merge.main(sys.argv[3:])
 """
+METHODS = ("cp", "ours", "PEFT", "mergekit", "imports")  # as the table shows them
+Shapes = dict[str, tuple[int, ...]]  # of each tensor by its name
 
 
 @dataclass
@@ -64,73 +80,98 @@ class Measured:
     disk: float  # MB at most below the scratch folder
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse the sizes and the number of runs."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the sizes and the number of runs."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of the base (default: 4)")
-    parser.add_argument("--runs", type=int, default=5, help="of which the median is shown")
-    parser.add_argument("--shards", default="0.5,1,5", help="GB of output shards, for the memory")
-    parser.add_argument("--rivals", type=Path, default=ROOT / ".venv-rivals/bin")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="of which the median is shown (default: 5)"
+    )
+    parser.add_argument(
+        "--shards", default="0.5,1,5", help="GB of output shards (default: %(default)s)"
+    )
+    rivals = ROOT / ".venv-rivals/bin"
+    parser.add_argument("--rivals", type=Path, default=rivals, help="default: %(default)s")
     parser.add_argument("--scratch", type=Path, help="folder for the models (default: a new one)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def llama_shapes(layers: int) -> Shapes:
     """List every tensor of a Llama with its shape."""
-    found = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    shapes: Shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for number in range(layers):
-        at = f"model.layers.{number}."
+        layer = f"model.layers.{number}"
         for matrix in "qkvo":
-            found[f"{at}self_attn.{matrix}_proj.weight"] = (HIDDEN, HIDDEN)
-        found[f"{at}mlp.gate_proj.weight"] = (INNER, HIDDEN)
-        found[f"{at}mlp.up_proj.weight"] = (INNER, HIDDEN)
-        found[f"{at}mlp.down_proj.weight"] = (HIDDEN, INNER)
-        found[f"{at}input_layernorm.weight"] = (HIDDEN,)
-        found[f"{at}post_attention_layernorm.weight"] = (HIDDEN,)
-    found["model.norm.weight"] = (HIDDEN,)
-    found["lm_head.weight"] = (VOCABULARY, HIDDEN)
-    return found
+            shapes[f"{layer}.self_attn.{matrix}_proj.weight"] = (HIDDEN, HIDDEN)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (INNER, HIDDEN)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (INNER, HIDDEN)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (HIDDEN, INNER)
+        shapes[f"{layer}.input_layernorm.weight"] = (HIDDEN,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (HIDDEN,)
+    shapes["model.norm.weight"] = (HIDDEN,)
+    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    return shapes
 
 
 def make_models(folder: Path, gigabytes: float) -> int:
     """Write folder/base and folder/adapter of random numbers; returns the base's bytes."""
     layers = max(1, round((gigabytes * 1e9 - ENDS_BYTES) / LAYER_BYTES))
-    tensors = shapes(layers)
-    (folder / "base").mkdir(parents=True)
-    (folder / "adapter").mkdir()
-    make_base(folder / "base", tensors, layers)
-    make_adapter(folder / "adapter", folder / "base", tensors)
-    return sum(2 * math.prod(shape) for shape in tensors.values())
+    shapes = llama_shapes(layers)
+    base = folder / "base"
+    base.mkdir(parents=True)
+    size = write_base_weights(base, shapes)
+    write_base_config(base, layers)
+
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    write_adapter(adapter, base, shapes)
+    return size
 
 
-def make_base(base: Path, tensors: dict[str, tuple[int, ...]], layers: int) -> None:
-    """Write a Llama's shards, index and configuration."""
+def write_base_weights(base: Path, shapes: Shapes) -> int:
+    """Write the Llama's shards and their index; returns the bytes of its tensors."""
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     noise = torch.randn(1 << 24).mul_(0.02).bfloat16()  # drawn once: repeated, it is as good
-    places = {}
+    files = {}
     shard = {}
-    size = 0
+    shard_size = 0
+    total_size = 0
     count = 1
-    for name, shape in tensors.items():
-        length = math.prod(shape)
-        start = torch.randint(len(noise) // 2, ()).item()
-        repeated = noise[start:].repeat(length // (len(noise) - start) + 1)
-        shard[name] = repeated[:length].view(shape).clone()
-        places[name] = f"model-{count:05d}.safetensors"
-        size += 2 * length
-        if size > SHARD or name == "lm_head.weight":
-            save_file(shard, base / places[name], metadata={"format": "pt"})
+    for name, shape in shapes.items():
+        shard[name] = cut_from(noise, shape)
+        files[name] = f"model-{count:05d}.safetensors"
+        shard_size += shard[name].nbytes
+        total_size += shard[name].nbytes
+        if shard_size > BASE_SHARD or name == "lm_head.weight":  # which is the last
+            save_file(shard, base / files[name], metadata={"format": "pt"})
             shard = {}
-            size = 0
+            shard_size = 0
             count += 1
-    total = sum(2 * math.prod(shape) for shape in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+
+    index = {"metadata": {"total_size": total_size}, "weight_map": files}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total_size
+
+
+def cut_from(noise: "torch.Tensor", shape: tuple[int, ...]) -> "torch.Tensor":
+    """Return a tensor of noise, from a random place on and repeated as often as it takes."""
+    import torch
+
+    length = math.prod(shape)
+    start = torch.randint(len(noise) // 2, ()).item()
+    times = length // (len(noise) - start) + 1
+    return noise[start:].repeat(times)[:length].view(shape).clone()
+
+
+def write_base_config(base: Path, layers: int) -> None:
+    """Write the Llama's configuration."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -146,22 +187,23 @@ def make_base(base: Path, tensors: dict[str, tuple[int, ...]], layers: int) -> N
     (base / "config.json").write_text(json.dumps(config))
 
 
-def make_adapter(folder: Path, base: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+def write_adapter(folder: Path, base: Path, shapes: Shapes) -> None:
     """Write a LoRA on the MLP's matrices."""
     import torch
     from safetensors.torch import save_file
 
     factors = {}
-    for name, shape in tensors.items():
+    for name, shape in shapes.items():
         if ".mlp." in name:
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
-            factors[f"{stem}.lora_A.weight"] = torch.randn(RANK, shape[1]) * 0.02
-            factors[f"{stem}.lora_B.weight"] = torch.randn(shape[0], RANK) * 0.02
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            factors[f"{module}.lora_A.weight"] = torch.randn(LORA_RANK, shape[1]) * 0.02
+            factors[f"{module}.lora_B.weight"] = torch.randn(shape[0], LORA_RANK) * 0.02
     save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": RANK,
+        "r": LORA_RANK,
         "lora_alpha": 16,
         "target_modules": ["gate_proj", "up_proj", "down_proj"],
         "base_model_name_or_path": str(base),
@@ -169,48 +211,54 @@ def make_adapter(folder: Path, base: Path, tensors: dict[str, tuple[int, ...]]) 
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def used(folder: Path) -> int:
+def bytes_on_disk(folder: Path) -> int:
     """Sum the bytes on the disk of a folder's files, of which some may be going."""
     total = 0
     for path in folder.rglob("*"):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if path.is_file():
                 total += path.stat().st_blocks * 512
-        except FileNotFoundError:
-            pass
     return total
 
 
-def measure(command: list, scratch: Path, sync: bool = True) -> Measured:
+def peak_resident(process_id: int) -> int:
+    """Return the most bytes of resident memory of a running process; 0 once it has ended; Linux."""
+    status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    if found is None:
+        return 0
+    return int(found[1]) * 1024
+
+
+def run_command(command: list[Any], scratch: Path, sync: bool = True) -> Measured:
     """Run a command to its end, and until what it wrote is on the disk."""
     command = [str(part) for part in command]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    log_file = scratch.parent / "log"
+    log = scratch.parent / "log"
     peak = 0
     disk = 0
-    with log_file.open("w") as log:
+    with log.open("w") as file:
         began = time.perf_counter()
         looked = began
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        child = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         while child.poll() is None:
-            status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8")
-            found = re.search(r"VmHWM:\s+(\d+) kB", status)  # none once it has ended
-            if found:
-                peak = max(peak, int(found[1]) * 1024)
-            if time.perf_counter() - looked > 0.5:
-                disk = max(disk, used(scratch))
+            peak = max(peak, peak_resident(child.pid))
+            if time.perf_counter() - looked > 0.5:  # seconds: a look at the disk takes its own
+                disk = max(disk, bytes_on_disk(scratch))
                 looked = time.perf_counter()
             time.sleep(0.005)
         if sync:
             subprocess.run(["sync"], check=True)
         seconds = time.perf_counter() - began
-    if child.returncode:
-        sys.exit(f"{command}\n{log_file.read_text()[-3000:]}")
-    return Measured(seconds, peak / 1e6, max(disk, used(scratch)) / 1e6)
+
+    if child.returncode != 0:
+        sys.exit(f"{command}\n{log.read_text()[-3000:]}")
+    disk = max(disk, bytes_on_disk(scratch))
+    return Measured(seconds, peak / 1e6, disk / 1e6)
 
 
 def make_ready(base: Path, scratch: Path) -> None:
-    """Bring about the state in which every run begins."""
+    """Empty the scratch folder, read the base into the page cache, write back all else."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     for path in base.iterdir():
@@ -225,125 +273,129 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
+            for name in file.keys():
+                found[name] = path
     return found
 
 
 def same_bits(folder: Path, other: Path) -> str:
     """Compare two model folders: "yes", or how many of the tensors differ."""
+    import torch
     from safetensors import safe_open
-    from torch import equal
 
     ours = tensor_files(folder)
     theirs = tensor_files(other)
     differ = len(ours.keys() ^ theirs.keys())
     for name in ours.keys() & theirs.keys():
-        with safe_open(ours[name], "pt") as a, safe_open(theirs[name], "pt") as b:
-            if not equal(a.get_tensor(name), b.get_tensor(name)):
+        with safe_open(ours[name], "pt") as one, safe_open(theirs[name], "pt") as another:
+            if not torch.equal(one.get_tensor(name), another.get_tensor(name)):
                 differ += 1
-    return "yes" if not differ else f"{differ} of {len(ours)} tensors differ"
+    if differ:
+        return f"{differ} of {len(ours)} tensors differ"
+    return "yes"
 
 
-def commands(folder: Path, out: Path, rivals: Path) -> dict[str, list]:
-    """List the methods that are installed, PEFT first: {method: its command}."""
+def method_commands(folder: Path, out: Path, rivals: Path) -> dict[str, list[Any]]:
+    """Return {method: command} of those that are installed, PEFT first: others are held to it."""
     base = folder / "base"
     adapter = folder / "adapter"
-    found = {
-        "PEFT": [sys.executable, "-c", PEFT, base, adapter, out],
+    commands = {
+        "PEFT": [sys.executable, "-c", MERGE_BY_PEFT, base, adapter, out],
         "cp": ["cp", "-r", "--reflink=never", base, out],
         "ours": [sys.executable, ROOT / "merge.py", "--adapter", adapter, "--out", out],
-        "imports": [sys.executable, "-c", IMPORTS],
+        "imports": [sys.executable, "-c", IMPORT_LIBRARIES],
     }
     mergekit = rivals / "mergekit-yaml"
     if mergekit.exists():
         recipe = folder / "mergekit.yml"
         model = f"models:\n  - model: {base}+{adapter}\n"
         recipe.write_text(f"{model}merge_method: passthrough\ndtype: bfloat16\n")
-        found["mergekit"] = [mergekit, recipe, out, "--lora-merge-cache", out.parent / "cache"]
-    return found
+        cache = out.parent / "cache"
+        commands["mergekit"] = [mergekit, recipe, out, "--lora-merge-cache", cache]
+    return commands
 
 
-def side_by_side(args: argparse.Namespace, scratch: Path) -> None:
+def compare_methods(args: argparse.Namespace, folder: Path) -> None:
     """Print the table of all methods."""
-    size = make_models(scratch, args.gigabytes)
-    work = scratch / "work"
-    kept = scratch / "peft"
-    runs: dict[str, list[Measured]] = {}
-    bits = {}
+    size = make_models(folder, args.gigabytes)
+    scratch = folder / "work"
+    out = scratch / "out"
+    merged_by_peft = folder / "peft"
+    commands = method_commands(folder, out, args.rivals)
+    runs: dict[str, list[Measured]] = {name: [] for name in commands}
+    bits: dict[str, str] = {}
     for _ in range(args.runs):
-        for name, command in commands(scratch, work / "out", args.rivals).items():
-            make_ready(scratch / "base", work)
-            runs.setdefault(name, []).append(measure(command, work, sync=name != "imports"))
-            if name == "PEFT" and not kept.exists():
-                shutil.move(work / "out", kept)
+        for name, command in commands.items():
+            make_ready(folder / "base", scratch)
+            runs[name].append(run_command(command, scratch, sync=name != "imports"))
+            if name == "PEFT" and not merged_by_peft.exists():
+                shutil.move(out, merged_by_peft)
             elif name in ("ours", "mergekit") and name not in bits:
-                bits[name] = same_bits(work / "out", kept)
+                bits[name] = same_bits(out, merged_by_peft)
+
     print(f"{size / 1e9:.2f} GB, medians of {args.runs}\n")
-    print_methods(runs, bits, size)
-    shutil.rmtree(scratch)
+    print_methods(runs, bits, size / 1e6)
+    shutil.rmtree(folder)
 
 
-def print_methods(runs: dict[str, list[Measured]], bits: dict[str, str], size: int) -> None:
-    """Print one row a method; speeds are PEFT's seconds over the method's."""
-    from check_contamination import markdown_table
+def median_seconds(runs: list[Measured]) -> float:
+    """Return the median of the runs' seconds."""
+    return statistics.median(run.seconds for run in runs)
 
-    seconds = {
-        name: statistics.median(run.seconds for run in found) for name, found in runs.items()
-    }
+
+def print_methods(runs: dict[str, list[Measured]], bits: dict[str, str], base: float) -> None:
+    """Print one row a method, with disk beyond the base's MB; speeds are PEFT's time over its."""
+    peft = median_seconds(runs["PEFT"])
     rows = []
-    for name in ("cp", "ours", "PEFT", "mergekit", "imports"):
+    for name in METHODS:
         if name not in runs:
             rows.append([name, "not installed", "", "", "", "", ""])
             continue
-        spread = sorted(run.seconds for run in runs[name])
-        extra = max(run.disk for run in runs[name]) - size / 1e6
-        rows.append(
-            [
-                name,
-                f"{seconds[name]:.2f}",
-                f"{spread[0]:.2f}-{spread[-1]:.2f}",
-                f"{seconds['PEFT'] / seconds[name]:.2f}",
-                f"{statistics.median(run.peak for run in runs[name]):.0f}",
-                f"{max(0, extra):.0f}",
-                bits.get(name, ""),
-            ]
-        )
+        seconds = [run.seconds for run in runs[name]]
+        median = median_seconds(runs[name])
+        peak = statistics.median(run.peak for run in runs[name])
+        extra = max(run.disk for run in runs[name]) - base
+        row = [name, f"{median:.2f}", f"{min(seconds):.2f}-{max(seconds):.2f}"]
+        row += [f"{peft / median:.2f}", f"{peak:.0f}", f"{max(0, extra):.0f}"]
+        row.append(bits.get(name, ""))
+        rows.append(row)
+
     headers = ["method", "seconds", "range", "PEFT's time / its", "peak MB", "extra disk MB"]
-    print(markdown_table([*headers, "bits as PEFT's"], rows))
+    headers.append("bits as PEFT's")
+    print(check_contamination.markdown_table(headers, rows))
 
 
-def memory_by_shard(args: argparse.Namespace, scratch: Path) -> None:
+def compare_shards(args: argparse.Namespace, folder: Path) -> None:
     """Print what ours needs above its imports, for output shards of several sizes."""
-    from check_contamination import markdown_table
+    make_models(folder, args.gigabytes)
+    scratch = folder / "work"
+    out = scratch / "out"
+    make_ready(folder / "base", scratch)
+    imports = run_command([sys.executable, "-c", IMPORT_LIBRARIES], scratch, sync=False)
 
-    make_models(scratch, args.gigabytes)
-    work = scratch / "work"
-    make_ready(scratch / "base", work)
-    imports = measure([sys.executable, "-c", IMPORTS], work, sync=False).peak
     rows = []
     for gigabytes in args.shards.split(","):
         limit = round(float(gigabytes) * 1e9)
-        make_ready(scratch / "base", work)
-        command = [sys.executable, "-c", WITH_SHARDS, ROOT, limit]
-        command += ["--adapter", scratch / "adapter", "--out", work / "out"]
-        found = measure(command, work)
-        largest = max(path.stat().st_size for path in (work / "out").glob("*.safetensors")) / 1e6
-        above = found.peak - imports
-        cells = [found.peak, above]
-        rows.append(
-            [f"{largest:.0f}", *(f"{cell:.0f}" for cell in cells), f"{above / largest:.2f}"]
-        )
-    print(f"\nimports alone: {imports:.0f} MB\n")
+        make_ready(folder / "base", scratch)
+        command = [sys.executable, "-c", MERGE_WITH_SHARDS, ROOT, limit]
+        command += ["--adapter", folder / "adapter", "--out", out]
+        run = run_command(command, scratch)
+        largest = max(path.stat().st_size for path in out.glob("*.safetensors")) / 1e6
+        above = run.peak - imports.peak
+        row = [f"{largest:.0f}", f"{run.peak:.0f}", f"{above:.0f}", f"{above / largest:.2f}"]
+        rows.append(row)
+
+    print(f"\nimports alone: {imports.peak:.0f} MB\n")
     headers = ["largest output shard, MB", "peak MB", "above imports", "in shards"]
-    print(markdown_table(headers, rows))
+    print(check_contamination.markdown_table(headers, rows))
 
 
 def main() -> None:
     """Print both tables."""
     args = parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="merge-") as folder:
-        side_by_side(args, Path(folder) / "a")
-        memory_by_shard(args, Path(folder) / "b")
+        compare_methods(args, Path(folder) / "a")
+        compare_shards(args, Path(folder) / "b")
 
 
 if __name__ == "__main__":
