@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 # Last: the package `evaluate` comes before our evaluate.py.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-import build_dataset
+import common
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -136,6 +136,7 @@ def load_evaluate() -> "ModuleType":
     """Return evaluate.py as a module of another name: its own is that of the package."""
     spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "evaluate.py")
     evaluate_script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = evaluate_script  # dataclasses look their module up
     spec.loader.exec_module(evaluate_script)
     evaluate_script.import_harness()
     return evaluate_script
@@ -543,10 +544,10 @@ def choose_device() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return build_dataset.check_device("cuda")
+        return common.use_device("cuda")
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return build_dataset.check_device("cpu")
+    return common.use_device("cpu")
 
 
 def load_all_tasks(local: Path) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:

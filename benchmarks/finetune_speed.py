@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 # Last: the package `evaluate` comes before our evaluate.py.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+import common
 import finetune
 
 if TYPE_CHECKING:
@@ -334,7 +335,7 @@ def load_material(folder: Path, micro_batch: int, meter: StepMeter) -> Material:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if torch.cuda.is_available():
-        finetune.check_device("cuda")  # turns cuDNN's attention off, as ours does
+        common.use_device("cuda")  # turns cuDNN's attention off, as ours does
         dtype = torch.bfloat16
     else:
         dtype = torch.float32

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 # Last: the package `evaluate` comes before our evaluate.py.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-import check_contamination
+import common
 
 if TYPE_CHECKING:
     import torch
@@ -362,7 +362,7 @@ def print_methods(runs: dict[str, list[Measured]], bits: dict[str, str], base: f
 
     headers = ["method", "seconds", "range", "PEFT's time / its", "peak MB", "extra disk MB"]
     headers.append("bits as PEFT's")
-    print(check_contamination.markdown_table(headers, rows))
+    print(common.markdown_table(headers, rows))
 
 
 def compare_shards(args: argparse.Namespace, folder: Path) -> None:
@@ -387,7 +387,7 @@ def compare_shards(args: argparse.Namespace, folder: Path) -> None:
 
     print(f"\nimports alone: {imports.peak:.0f} MB\n")
     headers = ["largest output shard, MB", "peak MB", "above imports", "in shards"]
-    print(check_contamination.markdown_table(headers, rows))
+    print(common.markdown_table(headers, rows))
 
 
 def main() -> None:

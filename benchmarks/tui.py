@@ -32,7 +32,7 @@ from typing import Any
 
 # Last: the package `evaluate` comes before our evaluate.py.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-import check_contamination
+import common
 
 ROOT = Path(__file__).resolve().parent.parent
 START_UI = """
@@ -360,7 +360,7 @@ def main() -> None:
             rows += measure_review(terminal, args.pairs, args.idle)
         with open_ui([str(out / "adapter")], scratch) as terminal:
             rows += measure_watch(terminal, args.lines, args.idle)
-    print(check_contamination.markdown_table(["what", "measured", "goal"], rows))
+    print(common.markdown_table(["what", "measured", "goal"], rows))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def copy_recording(folder: Path) -> None:
 
 async def draw(screen: Screen) -> str:
     """Return Textual's own SVG of a screen, from the folder out/ of the working directory."""
-    app = tui.make_app(tui.parse_args(["out", "--reviewer", "ann"]))
+    app = tui.PlatypusApp(Path("out"), "ann")
     async with app.run_test(size=(screen.columns, screen.lines)) as pilot:
         await pilot.pause(1)  # seconds, in which the files are read
         for key in screen.keys:

@@ -31,6 +31,7 @@ def load_evaluate():
     """evaluate.py as a module under another name, so that it hides nothing."""
     spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

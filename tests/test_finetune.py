@@ -784,7 +784,7 @@ def run_to_action(argv: list[object], signum: int, number: int) -> None:
         return act
 
     finetune.run_row = counted(finetune.run_row)
-    finetune.write_file = counted(finetune.write_file)
+    common.write_file = counted(common.write_file)
     finetune.Run.log = counted(finetune.Run.log)
     run_finetune(argv)
 

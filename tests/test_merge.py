@@ -22,9 +22,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
+import common
 import merge
-from build_dataset import UserError
-from finetune import base_fingerprint
+from common import UserError, base_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, of settings that are meant here
 
@@ -790,7 +790,7 @@ def test_training_on_flagged_rows_is_written_down(known_base, known_adapter, tmp
     folder = contaminated(tmp_path / "contamination", decided=["p0"])
     data = folder / "clean.jsonl"
     append_rows(data, [{"id": "t1", "licence": "MIT"}, {"id": "t9", "licence": "MIT"}])
-    sha256 = merge.shared.sha256_of(data)
+    sha256 = common.sha256_of(data)
     write_run(known_adapter, {str(data): {"sha256": sha256}}, {})
 
     run = run_merge(known_base, known_adapter, out)
@@ -1244,9 +1244,9 @@ def test_the_folder_itself_as_output(small_base, small_adapter, out, monkeypatch
 
 
 def test_two_merges_into_one_folder_are_kept_apart(small_base, small_adapter, out) -> None:
-    from build_dataset import output_folder
+    from common import claim_output
 
-    with output_folder(out, overwrite=False):
+    with claim_output(out, overwrite=False):
         with pytest.raises(UserError, match="another process"):
             run_merge(small_base, small_adapter, out)
         assert (out / ".unfinished").exists()
