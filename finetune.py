@@ -129,7 +129,7 @@ TARGETS = {
 }
 SMALL_SHARE = 0.001  # trainable; below it the MLP targets did not do better (paper, section 3.1)
 MAKE_DATA = "write it with: python check_contamination.py"
-TRAIN_LOG = "train_log.jsonl"
+LOG_FILE = "train_log.jsonl"
 KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
 SAMPLES = 2  # prompts that a sample event answers
 SAMPLE_TOKENS = 64  # of an answer
@@ -235,15 +235,14 @@ def is_finished(args: argparse.Namespace) -> bool:
     return not (args.out / UNFINISHED).exists() and step_of(args.out) == "finetune"
 
 
-def check_folder(args: argparse.Namespace) -> None:
-    """Refuse to begin again unasked where checkpoints would be lost, or in a folder not ours."""
+def protect_checkpoints(args: argparse.Namespace) -> None:
+    """Refuse to begin again unasked where the checkpoints of an unfinished run would be lost."""
     mark = args.out / UNFINISHED
-    kept = checkpoints(args.out)
-    if mark.exists() and kept and not args.resume and not args.overwrite:
+    saved = checkpoints(args.out)
+    if mark.exists() and saved and not args.resume and not args.overwrite:
         mend = "go on with --resume, or begin again with --overwrite"
         began = mark.read_text().strip()
-        raise UserError(f"{args.out} holds {kept[0].name} of a run: {mend} (it was: {began})")
-    check_output(args.out, args.overwrite, args.data, Path(args.base_model))
+        raise UserError(f"{args.out} holds {saved[0].name} of a run: {mend} (it was: {began})")
 
 
 # --- rows -> packed examples ----------------------------------------------------------------------
@@ -439,7 +438,7 @@ def set_attention(model: Model, cutoff: int) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register("by_example", attend_by_example)
-    AttentionMaskInterface.register("by_example", lambda *_, **__: None)
+    AttentionMaskInterface.register("by_example", lambda *_, **__: None)  # it needs no mask
     if is_plainly_causal(model.config.get_text_config(), cutoff):
         model.set_attn_implementation("by_example")
 
@@ -497,7 +496,7 @@ def isolates(model: Model, examples: list[Example]) -> bool:
     """Tell whether a packed example's loss stays the same when its neighbour in the row changes."""
     import torch
 
-    neighbour, example = sorted(examples, key=len)[:2]
+    neighbour, example = sorted(examples, key=len)[:2]  # the shortest are the quickest
     reversed_neighbour = replace(neighbour, input_ids=neighbour.input_ids[::-1])
     model.eval()
     with torch.no_grad():
@@ -543,16 +542,18 @@ def set_up_device(name: str | None) -> torch.device:
 def load_base(
     args: argparse.Namespace, folder: Path, device: torch.device
 ) -> tuple[Model, Tokenizer]:
-    """Load the base model, onto the device unless it is to be sharded, and its tokenizer.
+    """Load the base model, with attention for packed rows where it can have it, and its tokenizer.
 
+    It lies on the device, unless it is to be sharded: then in main memory, mapped from the files.
     Raises UserError, with the library's reason, where they cannot be loaded or do not fit.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     dtype = compute_dtype(device.type)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options["use_safetensors"] = True  # no pickle, which may run code
     if args.shard:
-        options["dtype"] = "auto"  # the files' own: mapped until each process takes its part
+        options["dtype"] = "auto"  # the files' own, so that nothing is read yet
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
         options["device_map"] = {"": device}
@@ -784,7 +785,7 @@ class Run:
             line["event"] = event
         line["step"] = step
         line.update(fields)
-        with (self.args.out / TRAIN_LOG).open("a", encoding="utf-8") as log:
+        with (self.args.out / LOG_FILE).open("a", encoding="utf-8") as log:
             print(json.dumps(line, ensure_ascii=False), file=log)
 
 
@@ -933,7 +934,8 @@ def adapter_files(run: Run) -> dict[str, bytes]:
     config = run.model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config["base_model_name_or_path"] = run.args.base_model
-    as_json = functools.partial(json.dumps, indent=2, sort_keys=True, default=sorted)  # sets too
+    # PEFT's configuration holds sets, which differ in order from run to run.
+    as_json = functools.partial(json.dumps, indent=2, sort_keys=True, default=sorted)
     return {
         "adapter_model.safetensors": save(tensors, {"format": "pt"}),
         "adapter_config.json": as_json(config).encode(),
@@ -1046,7 +1048,7 @@ def cut_log(out: Path, step: int) -> None:
     """Leave the log's lines up to a step; what a crash has half written goes as well."""
     if RANK > 0:
         return
-    path = out / TRAIN_LOG
+    path = out / LOG_FILE
     kept = b""
     if path.exists():
         for line in path.read_bytes().splitlines():
@@ -1071,7 +1073,7 @@ def hold_output(args: argparse.Namespace) -> Iterator[None]:
     resume_flag = "" if args.resume else " --resume"
     with claim_output(args.out, args.overwrite, keep_run=args.resume, resume_flag=resume_flag):
         if not args.resume:
-            cut_log(args.out, step=-1)
+            cut_log(args.out, step=-1)  # an empty log
             for old in checkpoints(args.out):
                 shutil.rmtree(old)
         yield
@@ -1082,13 +1084,13 @@ def train(run: Run) -> None:
     import torch
     from peft.helpers import disable_input_dtype_casting
 
+    args = run.args
     run.model.train()
     tuned = trainable_parameters(run.model)
-    decay = run.args.weight_decay
-    optimizer = torch.optim.AdamW(tuned, lr=run.args.learning_rate, weight_decay=decay)
+    optimizer = torch.optim.AdamW(tuned, args.learning_rate, weight_decay=args.weight_decay)
     run.began = time.monotonic()
     done = 0
-    if run.args.resume:
+    if args.resume:
         done = load_checkpoint(run, optimizer)
 
     for parameter in tuned:
@@ -1101,8 +1103,8 @@ def train(run: Run) -> None:
         try_fullest_row(run)
         run.stop.training = True
         event = "resume" if done else "start"
-        tera = round(run.matrix_rate / 1e12, 3)
-        run.log(done, event, steps=run.steps, processes=WORLD_SIZE, matrix_tflops=tera)
+        tflops = round(run.matrix_rate / 1e12, 3)
+        run.log(done, event, steps=run.steps, processes=WORLD_SIZE, matrix_tflops=tflops)
         run_steps(run, optimizer, done)
 
 
@@ -1153,7 +1155,7 @@ def run_steps(run: Run, optimizer: Optimizer, done: int) -> None:
     bar = make_progress_bar(run.steps, done)
     with bar:
         for step, (epoch, batch) in enumerate(batches(run.examples, args), 1):
-            if step <= done:
+            if step <= done:  # the order of the rows is drawn again, as it was
                 continue
             share = rate_share(step - 1, args.warmup_steps, run.steps)
             optimizer.param_groups[0]["lr"] = args.learning_rate * share
@@ -1190,7 +1192,7 @@ def rate_share(step: int, warmup_steps: int, steps: int) -> float:
     """Return the share of the learning rate's peak after `step` steps: a rise, then half a cosine.
 
     >>> [rate_share(step, 2, 6) for step in range(7)]
-    [0.0, 0.5, 1.0, 0.8535533905932737, 0.5, 0.1464466094067262, 0.0]
+    [0.0, 0.5, 1.0, 0.8535533905932737, 0.5, 0.14644660940672627, 0.0]
     """
     if step < warmup_steps:
         return step / warmup_steps
@@ -1354,7 +1356,7 @@ def write_outputs(run: Run, inputs: dict[str, Row], started: float) -> None:
         write_file(path, data)
         outputs.append(path)
     run.log(run.steps, "end", seconds=round(time.monotonic() - run.began, 1))
-    outputs.append(run.args.out / TRAIN_LOG)
+    outputs.append(run.args.out / LOG_FILE)
 
     counts = {**run.counts, **asdict(run.sizes), "steps": run.steps}
     finish_run(run.args, inputs=inputs, outputs=outputs, started=started, counts=counts)
@@ -1369,7 +1371,8 @@ def main(argv: list[str] | None = None) -> None:
     if is_finished(args):
         print(f"{args.out} is finished already")
         return
-    check_folder(args)
+    protect_checkpoints(args)
+    check_output(args.out, args.overwrite, args.data, Path(args.base_model))
 
     inputs = describe_files([check_input(args.data, MAKE_DATA)])
     run = prepare_run(args, stop, data_sha256=inputs[str(args.data)]["sha256"])
