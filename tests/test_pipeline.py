@@ -1,17 +1,15 @@
 """Holds: demo.sh's five steps need no network and the method works; from any result one walks back
-to the rows, and a byte changed anywhere on the way is found; a killed step never looks finished and
-runs to its end when started again; two on one folder are kept apart."""
+to the rows, and a byte changed anywhere on the way is found; what another process works on is
+refused, and a full disk is one line."""
 
-import hashlib
 import json
 import os
 import random
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +21,24 @@ import tui
 
 BASE = ROOT / "demo/base_model"
 GUARD = """
-import os, socket
-def refuse(self, *about, family=None):
-    if not self or getattr(self, "family", None) != socket.AF_UNIX:
-        open(os.environ["ATTEMPTS"], "a").write(f"{about}\\n")
-        raise OSError("there is no network")
-connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
-socket.socket.connect = lambda self, to: refuse(self, to) or connect(self, to)
-socket.socket.connect_ex = lambda self, to: refuse(self, to) or connect_ex(self, to)
-socket.getaddrinfo = lambda *about, **_: refuse(None, *about)
+import os
+import socket
+
+def refuse(*attempt, **_):
+    with open(os.environ["ATTEMPTS"], "a") as file:
+        file.write(f"{attempt}\\n")
+    raise OSError("there is no network")
+
+def guard(connect):
+    def connect_here(self, address):
+        if self.family != socket.AF_UNIX:
+            refuse(address)
+        return connect(self, address)
+    return connect_here
+
+socket.socket.connect = guard(socket.socket.connect)
+socket.socket.connect_ex = guard(socket.socket.connect_ex)
+socket.getaddrinfo = refuse
 """
 
 
@@ -40,8 +47,13 @@ def without_network(folder: Path) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(GUARD)
     (folder / "attempts").write_text("")
-    free = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return {**free, "PYTHONPATH": str(folder), "ATTEMPTS": str(folder / "attempts")}
+    environment = {}
+    for name, value in os.environ.items():
+        if not name.startswith("HF_"):
+            environment[name] = value
+    environment["PYTHONPATH"] = str(folder)
+    environment["ATTEMPTS"] = str(folder / "attempts")
+    return environment
 
 
 @pytest.fixture(scope="module")
@@ -49,184 +61,190 @@ def tuned(tmp_path_factory) -> Path:
     """What the lines of demo.sh make without a network, in a copy of demo/: its out/demo."""
     place = tmp_path_factory.mktemp("pipeline")
     shutil.copytree(ROOT / "demo", place / "demo")
-    env = without_network(place / "guard")
-    lines = [line for line in (ROOT / "demo.sh").read_text().splitlines() if ".py --" in line]
-    assert len(lines) == 5
-    for line in lines:
-        script, *flags = shlex.split(line)[1:]
+    environment = without_network(place / "guard")
+    lines = (ROOT / "demo.sh").read_text().splitlines()
+    commands = [shlex.split(line) for line in lines if ".py --" in line]
+    assert len(commands) == 5
+    for command in commands:
+        script = str(ROOT / command[1])
+        arguments = command[2:]
         done = subprocess.run(
-            [sys.executable, ROOT / script, *flags], cwd=place, env=env, capture_output=True
+            [sys.executable, script, *arguments],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
-        assert done.returncode == 0, done.stderr.decode()
+        assert done.returncode == 0, done.stderr
     return place / "out/demo"
 
 
-def test_the_demo_needs_no_network(tuned, tmp_path) -> None:
-    assert (tuned.parents[1] / "guard/attempts").read_text() == ""
-    env = without_network(tmp_path / "guard")  # which does see attempts
-    code = "import urllib.request as u; u.urlopen('http://localhost:1')"
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).returncode
+def test_the_demo_needs_no_network(tuned) -> None:
+    attempts = tuned.parents[1] / "guard/attempts"
+    assert attempts.read_text() == ""
+
+
+def test_attempts_at_the_network_would_be_seen(tmp_path) -> None:
+    environment = without_network(tmp_path / "guard")
+    code = "import urllib.request; urllib.request.urlopen('http://localhost:1')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode != 0
     assert "localhost" in (tmp_path / "guard/attempts").read_text()
 
 
 def test_the_method_works(tuned) -> None:
-    scores = json.loads((tuned / "eval/results.json").read_text())["unflagged questions"]
-    base, merged = scores["demo/base_model"]["world"], scores["out/demo/merged"]["world"]
+    results = json.loads((tuned / "eval/results.json").read_text())
+    scores = results["unflagged questions"]
+    base = scores["demo/base_model"]["world"]
+    merged = scores["out/demo/merged"]["world"]
     assert base["questions"] >= 100
-    assert merged["acc"] - base["acc"] >= 25, (base, merged)
+    assert merged["acc"] - base["acc"] >= 25
 
 
 def test_merged_equals_base_and_adapter(tuned) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(BASE)("Where does one find copper?", return_tensors="pt")
-    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    plain = base(**ids).logits
-    both = PeftModel.from_pretrained(base, tuned / "adapter").eval()(**ids).logits
-    merged = AutoModelForCausalLM.from_pretrained(tuned / "merged")(**ids).logits
-    assert (merged - both).abs().max() < 1e-4 < (plain - both).abs().max()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    question = tokenizer("Where does one find copper?", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    of_base = model(**question).logits
+    of_both = PeftModel.from_pretrained(model, tuned / "adapter").eval()(**question).logits
+    model = AutoModelForCausalLM.from_pretrained(tuned / "merged")
+    of_merged = model(**question).logits
+    assert (of_merged - of_both).abs().max() < 1e-4
+    assert (of_base - of_both).abs().max() > 1e-4
 
 
-def test_one_walks_back_and_a_changed_byte_is_found_anywhere(tuned, tmp_path, monkeypatch) -> None:
+# --- from a result back to the rows ---------------------------------------------------------------
+
+
+def decide(place: int) -> None:
+    """Give a verdict on the pair in this place of the file."""
+    lines = Path("out/demo/contamination/pairs.jsonl").read_text().splitlines()
+    pair = json.loads(lines[place])
+    log = Path("out/demo/contamination/decisions.jsonl")
+    check.append_decision(log, pair["pair_id"], "duplicate", "ann")
+
+
+def apply_verdicts() -> None:
+    check.main(["apply", "--out", "out/demo/contamination"])
+
+
+@pytest.fixture
+def chain(tuned, tmp_path, monkeypatch) -> Path:
+    """A copy of all that the demo made, with one verdict applied: its last folder."""
     monkeypatch.chdir(tmp_path)  # where run.json's relative names count from
     monkeypatch.setattr(sys, "argv", ["check_contamination.py"])
     shutil.copytree(tuned.parents[1] / "demo", "demo")
     shutil.copytree(tuned, "out/demo")
-    contamination, chain = Path("out/demo/contamination"), Path("out/demo/eval")
-    pairs = [json.loads(line) for line in (contamination / "pairs.jsonl").open()]
-    log = contamination / "decisions.jsonl"
-    check.append_decision(log, pairs[0]["pair_id"], "duplicate", "ann")
-    assert not all(state.whole for state in tui.lineage(chain))  # until it is applied
-    check.main(["apply", "--out", str(contamination)])
+    decide(0)
+    apply_verdicts()
+    return Path("out/demo/eval")
 
-    def found() -> dict[str, str]:
-        return {state.script: state.why for state in tui.lineage(chain) if not state.whole}
 
-    scripts = [state.script for state in tui.lineage(chain)]
-    assert scripts == [script for script, _ in tui.STEPS.values()] and found() == {}
-    assert tui.lineage(Path("out/demo")) == tui.lineage(chain)
-    read, written = set(), set()
-    for folder in Path("out/demo").iterdir():
-        read |= {tui.find_input(name, folder) for name in tui.files_of(folder, "inputs")}
-        written |= {folder / name for name in tui.files_of(folder, "outputs")}
-    assert len(read - written) > 20 and len(written) > 20
+def faults(folder: Path) -> dict[str, str]:
+    """{step that is not as recorded: why}."""
+    return {state.script: state.why for state in tui.lineage(folder) if not state.whole}
+
+
+def test_one_walks_back_from_any_result(chain) -> None:
+    steps = [script for script, _ in tui.STEPS.values()]
+    assert [state.script for state in tui.lineage(chain)] == steps
+    assert faults(chain) == {}
+    assert tui.lineage(chain.parent) == tui.lineage(chain)
+
+
+def test_a_verdict_is_missed_until_it_is_applied(chain) -> None:
+    decide(1)
+    assert faults(chain)
+    apply_verdicts()
+    assert faults(chain) == {}
+
+
+def recorded_files(folder: Path) -> tuple[set[Path], set[Path]]:
+    """The files that the steps in a folder have read and those that they have written."""
+    read = set()
+    written = set()
+    for step in folder.iterdir():
+        for name in tui.files_of(step, "inputs"):
+            read.add(tui.find_input(name, step))
+        for name in tui.files_of(step, "outputs"):
+            written.add(step / name)
+    return read, written
+
+
+def with_one_bit_changed(content: bytes, rng: random.Random) -> Iterator[bytes]:
+    """The content with a bit changed in its first byte, in its last, and in any."""
+    for place in {0, len(content) - 1, rng.randrange(len(content))}:
+        changed = bytearray(content)
+        changed[place] ^= 1 << rng.randrange(8)
+        yield bytes(changed)
+
+
+def test_a_changed_byte_is_found_anywhere(chain) -> None:
+    log = chain.with_name("contamination") / "decisions.jsonl"
+    read, written = recorded_files(chain.parent)
+    assert len(read - written) > 20
+    assert len(written) > 20
     rng = random.Random(0)
-    for path in sorted(path for path in read | written | {log} if not path.is_absolute()):
-        whole = path.read_bytes()
-        for place in {0, len(whole) - 1, rng.randrange(len(whole))}:
-            changed = bytes([whole[place] ^ 1 << rng.randrange(8)])
-            path.write_bytes(whole[:place] + changed + whole[place + 1 :])
-            told = found()
-            assert path.name in str(told) or path == log, (path, place, told)
-            assert told, (path, place)
+    for path in sorted(read | written | {log}):
+        if path.is_absolute():  # of an installed package
+            continue
+        content = path.read_bytes()
+        for changed in with_one_bit_changed(content, rng):
+            path.write_bytes(changed)
+            found = faults(chain)
+            assert found, path
+            if path != log:
+                assert path.name in str(found)
+
         if path.name not in tui.RUNS:  # a folder without these is of another origin
             path.unlink()
-            assert found(), path
-        path.write_bytes(whole)
+            assert faults(chain), path
+        path.write_bytes(content)
+
+
+def test_the_walk_back_as_a_command(chain, tmp_path) -> None:
     done = run_script("tui", chain, "--lineage", cwd=tmp_path)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "all is as recorded")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "all is as recorded"
+
     Path("out/demo/dataset/dataset.jsonl").write_text("")
     done = run_script("tui", chain, "--lineage", cwd=tmp_path)
-    last = "not as recorded: build_dataset, check_contamination"
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, last)
-    assert_refused(run_script("tui", "demo", "--lineage", cwd=tmp_path), "no step's folder")
+    assert done.returncode == 1
+    last = done.stdout.splitlines()[-1]
+    assert last == "not as recorded: build_dataset, check_contamination"
+
+    done = run_script("tui", "demo", "--lineage", cwd=tmp_path)
+    assert_refused(done, "no step's folder")
 
 
-def steps(demo: Path, out: Path) -> dict[str, tuple[str, list, Path]]:
-    """For each step: script, arguments, output folder; inputs come from the finished demo."""
-    cache = ["--cache", demo / "cache"]
-    data = demo / "contamination/clean.jsonl"
-    return {
-        "build": (
-            "build_dataset",
-            [
-                *DEMO,
-                "--sources",
-                "math,openbookqa",
-                "--extra",
-                f"w={WORLD / 'train.jsonl'}",
-                *cache,
-            ],
-            out / "dataset",
-        ),
-        "check": (
-            "check_contamination",
-            ["--dataset", demo / "dataset/dataset.jsonl", *DEMO, *cache],
-            out / "contamination",
-        ),
-        "finetune": (
-            "finetune",
-            ["--base-model", BASE, "--data", data, "--limit", "64"],
-            out / "adapter",
-        ),
-        "merge": ("merge", ["--adapter", demo / "adapter"], out / "merged"),
-        "evaluate": (
-            "evaluate",
-            ["--model", BASE, "--tasks", "", "--task", ROOT / "demo/world.yaml", "--limit", "20"],
-            out / "eval",
-        ),
-    }
+# --- two at once, a full disk ---------------------------------------------------------------------
 
 
-def assert_whole(folder: Path) -> None:
-    """Every output that run.json (and apply.json) lists is there, byte for byte."""
-    for name in ("run.json", "apply.json"):
-        if (folder / name).exists():
-            for file, about in json.loads((folder / name).read_text())["outputs"].items():
-                assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == about["sha256"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["build", "check", "finetune", "merge", "evaluate"])
-def test_a_killed_step_never_looks_finished(tuned, tmp_path, step: str) -> None:
-    script, args, folder = steps(tuned, tmp_path)[step]
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, [*args, "--out", folder])]
-    began = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    whole = time.monotonic() - began
-    shutil.rmtree(folder)
-    rng, seen = random.Random(step), set()
-    for _ in range(8):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=-3)
-        # writing is the last part of most steps: half of the kills fall there
-        time.sleep(whole * rng.choice([rng.uniform(0, 1), rng.uniform(0.85, 1)]))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (folder / "run.json").exists() and not (folder / ".unfinished").exists():
-            seen.add("finished")
-            assert_whole(folder)
-            shutil.rmtree(folder)
-        elif folder.exists():
-            seen.add("unfinished")
-            if step == "finetune":
-                done = run_script("merge", "--adapter", folder, "--out", tmp_path / "m")
-                assert_refused(done, "unfinished", "finetune.py")
-        else:
-            seen.add("nothing")
-    if step == "finetune":  # it does not drop a killed run's checkpoints unasked
-        command += ["--resume"] if folder.exists() else []
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert_whole(folder)
-    left = [p.name for p in folder.iterdir() if p.name.startswith(".")]
-    assert left == []
+def build_command(demo: Path, out: Path) -> list[str]:
+    """A small run of the first step, with the finished demo's vectors."""
+    command = [sys.executable, str(ROOT / "build_dataset.py"), *DEMO]
+    command += ["--sources", "math,openbookqa", "--extra", f"w={WORLD / 'train.jsonl'}"]
+    command += ["--cache", str(demo / "cache"), "--out", str(out)]
+    return command
 
 
 def test_two_processes_on_one_folder_are_kept_apart(demo, tmp_path) -> None:
     from build_dataset import output_folder
 
-    script, args, folder = steps(demo, tmp_path)["build"]
-    with output_folder(folder, overwrite=False):
-        done = run_script(script, *args, "--out", folder)
+    command = build_command(demo, tmp_path / "out")
+    with output_folder(tmp_path / "out", overwrite=False):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert_refused(done, "another process")
-    assert run_script(script, *args, "--out", folder).returncode == 0
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
 def test_a_full_disk_is_one_line(demo, tmp_path) -> None:
-    script, args, folder = steps(demo, tmp_path)["build"]
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, [*args, "--out", folder])]
-    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *command]  # 8 kB a file
-    done = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT)
+    command = build_command(demo, tmp_path / "out")
+    limit = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash"]  # no file above 8 kB
+    done = subprocess.run([*limit, *command], capture_output=True, text=True, cwd=ROOT)
     assert_refused(done, "File too large")
-    assert not folder.exists()  # vectors did not fit beside the cache: nothing was begun
+    assert not (tmp_path / "out").exists()  # vectors found no room in the cache: nothing was begun
