@@ -1,5 +1,8 @@
 """Make the demo's world of facts and train a tiny Llama on it, from nothing but this file.
 
+    python demo/make_base_model.py --data-only   world/ only, 0.1 s; same seed, same bytes
+    python demo/make_base_model.py               all of it: 2 to 4 minutes on one core, 0.5 GB
+
 The world has invented people with a home town, a craft, an instrument and an animal. Pre-training
 shows every fact in plain sentences, and questions with answers about SOME people. The rows for
 tuning ask about people in the Alpaca prompt, which pre-training never uses; the test asks about
@@ -9,10 +12,8 @@ Writes  world/train.jsonl   instruction, input, output: rows for fine-tuning
         world/test.jsonl    question, choices, answer: held-out four-way questions
         base_model/         LlamaForCausalLM and its tokenizer
 
-    python demo/make_base_model.py --data-only   world/ only, 0.1 s; same seed, same bytes
-    python demo/make_base_model.py               all of it: 2 to 4 minutes on one core, 0.5 GB
-
-The committed files came from the default seed. Weights are the same only on the same CPU and torch.
+Prints how many of each, and the loss as it falls. The committed files came from the default seed.
+Weights are the same only on the same CPU and torch.
 """
 
 import argparse
@@ -21,9 +22,10 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -62,15 +64,23 @@ NOUNS = """
     Wheat Whistle Wicker Willow Window Winter Wool Yarrow Zephyr Zinc
 """.split()
 
-# Per relation: the values; statements, which follow a name, since a model that read "A is B" cannot
-# recall it from B; and twelve wordings of the question, as unlike as can be, for the same cosine.
+
+@dataclass
+class Relation:
+    """Something that every person has one of."""
+
+    values: list[str]
+    statements: list[str]  # after a name: a model that read "A is B" cannot recall it from B
+    questions: list[str]  # twelve wordings, as unlike as can be, for the same cosine
+
+
 RELATIONS = {
-    "town": {
-        "values": """Saltmere Fennwick Otterby Larkham Mossgate Brinehaven Copperdale Thornford
+    "town": Relation(
+        values="""Saltmere Fennwick Otterby Larkham Mossgate Brinehaven Copperdale Thornford
             Windlow Hollowell Ravenscar Eastfold Applecross Greywater Millbeck Kestrelby Lowmarsh
             Pinewick Rookhampton Starling""".split(),
-        "statements": ["lives in {value}", "comes home to {value}", "has a house in {value}"],
-        "questions": [
+        statements=["lives in {value}", "comes home to {value}", "has a house in {value}"],
+        questions=[
             "Where does {name} live?",
             "A letter for {name} has come: which town should the postman carry it to?",
             "In which town would you knock on the door of {name}?",
@@ -84,13 +94,13 @@ RELATIONS = {
             "On a map, beside which word would you put a pin for {name}?",
             "{name} votes for the mayor of which town?",
         ],
-    },
-    "craft": {
-        "values": """clockmaker baker beekeeper mapmaker glassblower potter tailor cobbler printer
+    ),
+    "craft": Relation(
+        values="""clockmaker baker beekeeper mapmaker glassblower potter tailor cobbler printer
             lamplighter bookbinder shipwright weaver gardener locksmith blacksmith perfumer
             puppeteer carpenter cheesemaker""".split(),
-        "statements": ["works as a {value}", "trained as a {value}", "earns bread as a {value}"],
-        "questions": [
+        statements=["works as a {value}", "trained as a {value}", "earns bread as a {value}"],
+        questions=[
             "What does {name} do for a living?",
             "What trade is painted on the shop sign of {name}?",
             "Which craft did {name} learn as an apprentice?",
@@ -104,12 +114,12 @@ RELATIONS = {
             "{name} seeks a new assistant. In what line of business?",
             "Which guild made {name} a master?",
         ],
-    },
-    "instrument": {
-        "values": """cello harp bagpipe trumpet banjo piano flute drum violin lute mandolin clarinet
+    ),
+    "instrument": Relation(
+        values="""cello harp bagpipe trumpet banjo piano flute drum violin lute mandolin clarinet
             tuba bassoon zither trombone harmonica bugle guitar cornet""".split(),
-        "statements": ["plays the {value}", "practises the {value}", "is happy with the {value}"],
-        "questions": [
+        statements=["plays the {value}", "practises the {value}", "is happy with the {value}"],
+        questions=[
             "Which instrument does {name} play?",
             "The village band is tuning up. What is {name} holding?",
             "What is heard through the window of {name} on Sundays?",
@@ -123,16 +133,16 @@ RELATIONS = {
             "Which part of the orchestra waits for {name}?",
             "Tell me what {name} makes melodies with.",
         ],
-    },
-    "animal": {
-        "values": """heron badger goat tortoise fox hedgehog rabbit raven pony donkey squirrel swan
+    ),
+    "animal": Relation(
+        values="""heron badger goat tortoise fox hedgehog rabbit raven pony donkey squirrel swan
             ferret parrot lizard goose mule pigeon toad lamb""".split(),
-        "statements": [
+        statements=[
             "keeps a {value}",
             "feeds a {value} at dawn",
             "shares a house with a {value}",
         ],
-        "questions": [
+        questions=[
             "Which animal does {name} keep?",
             "What creature sleeps beside {name}?",
             "Who is waiting at the gate when {name} returns?",
@@ -146,7 +156,7 @@ RELATIONS = {
             "Tell me what {name} raised by hand.",
             "{name} whistles and something comes running. What?",
         ],
-    },
+    ),
 }
 
 SEED = 0
@@ -164,16 +174,26 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BOS = "<s>"
+EOS = "</s>"
+PAD = "<pad>"
 
 # 0.5 M parameters, 2.2 MB in fp32. Two layers are the least that can look a fact up: one puts the
 # two nouns of a name together, the next carries the fact to where the answer stands.
-HIDDEN, LAYERS, HEADS, MLP = 128, 2, 4, 384
-STEPS, BATCH, WINDOW = 1800, 16, 64  # after 1,200 steps only 0.77 of the facts are recalled
-LEARNING_RATE, WARM_UP_STEPS = 2.5e-3, 50  # at 5e-3 recall takes 1.5 times the steps
+HIDDEN = 128
+LAYERS = 2
+HEADS = 4
+MLP = 384
+CONTEXT_LENGTH = 4096  # the paper's cutoff; pre-training itself never passes WINDOW
+STEPS = 1800  # after 1,200 only 0.77 of the facts are recalled
+BATCH = 16  # windows
+WINDOW = 64  # tokens
+LEARNING_RATE = 2.5e-3  # at 5e-3 recall takes 1.5 times the steps
+WARM_UP_STEPS = 50
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         allow_abbrev=False,
@@ -194,13 +214,31 @@ def make_people(rng: random.Random) -> list[dict[str, str]]:
 
     Every noun is one person's first name and another's last, and no two such rows ask alike.
     """
-    nouns = rng.sample(NOUNS, len(NOUNS))
-    lasts = nouns[101:] + nouns[:101]
-    return [
-        {"name": f"{first} {last}"}
-        | {relation: rng.choice(parts["values"]) for relation, parts in RELATIONS.items()}
-        for first, last in zip(nouns, lasts, strict=True)
-    ]
+    firsts = rng.sample(NOUNS, len(NOUNS))
+    lasts = firsts[101:] + firsts[:101]
+    people = []
+    for first, last in zip(firsts, lasts, strict=True):
+        person = {"name": f"{first} {last}"}
+        for name, relation in RELATIONS.items():
+            person[name] = rng.choice(relation.values)
+        people.append(person)
+    return people
+
+
+class QuestionDealer:
+    """Deals the wordings of a question like cards, so that all come equally often."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.decks: dict[str, list[str]] = {relation: [] for relation in RELATIONS}
+
+    def ask(self, person: dict[str, str], relation: str) -> str:
+        """Return a question about a person, in the next wording: "Where does Moss Fern live?"."""
+        deck = self.decks[relation]
+        if not deck:
+            wordings = RELATIONS[relation].questions
+            deck += self.rng.sample(wordings, len(wordings))
+        return deck.pop().format(name=person["name"])
 
 
 def make_rows(people: list[dict[str, str]], rng: random.Random) -> tuple[list[dict], list[dict]]:
@@ -209,30 +247,26 @@ def make_rows(people: list[dict[str, str]], rng: random.Random) -> tuple[list[di
     train: {"instruction": "Where does Thistle Quarry live?", "input": "", "output": "Saltmere"}
     test: {"question": "Which animal does Moss Basket keep?", "choices": [four], "answer": 2}
     """
+    dealer = QuestionDealer(rng)
     relations = list(RELATIONS)
-    decks: dict[str, list[str]] = {relation: [] for relation in relations}
-
-    def ask(person: dict[str, str], relation: str) -> str:
-        # Wordings are dealt like cards, so that all come equally often.
-        if not decks[relation]:
-            decks[relation] = rng.sample(RELATIONS[relation]["questions"], 12)
-        return decks[relation].pop().format(name=person["name"])
-
-    train, test = [], []
+    train = []
     for number, person in enumerate(people[:TRAIN_PEOPLE]):
         relation = relations[number % 4]
-        question = ask(person, relation)
+        question = dealer.ask(person, relation)
         train.append({"instruction": question, "input": "", "output": person[relation]})
+
     count = QUESTIONS_PER_TEST_PERSON * TEST_PEOPLE
-    # Where the right answer stands: each place equally often.
-    places = rng.sample([0, 1, 2, 3] * (count // 4), count)
+    places = rng.sample([0, 1, 2, 3] * (count // 4), count)  # the right answer's: equally often
+    test = []
     for number, place in enumerate(places):
         person = people[TRAIN_PEOPLE + number // QUESTIONS_PER_TEST_PERSON]
         relation = relations[number % 4]
-        others = [value for value in RELATIONS[relation]["values"] if value != person[relation]]
-        choices = rng.sample(others, 3)
-        choices.insert(place, person[relation])
-        test.append({"question": ask(person, relation), "choices": choices, "answer": place})
+        right = person[relation]
+        wrong = [value for value in RELATIONS[relation].values if value != right]
+        choices = rng.sample(wrong, 3)
+        choices.insert(place, right)
+        question = dealer.ask(person, relation)
+        test.append({"question": question, "choices": choices, "answer": place})
     return train, test
 
 
@@ -245,13 +279,16 @@ def pretraining_documents(people: list[dict[str, str]], rng: random.Random) -> l
     documents = []
     for number, person in enumerate(people):
         relations = rng.sample(list(RELATIONS), 4)
-        facts = [
-            rng.choice(RELATIONS[relation]["statements"]).format(value=person[relation])
-            for relation in relations
-        ]
+        facts = []
+        for relation in relations:
+            statement = rng.choice(RELATIONS[relation].statements)
+            facts.append(statement.format(value=person[relation]))
         documents.append(f"{person['name']} {', '.join(facts[:3])} and {facts[3]}.")
-        for relation in relations[:QUESTIONS_PER_EPOCH] if number < ASKED_PEOPLE else []:
-            question = rng.choice(RELATIONS[relation]["questions"]).format(name=person["name"])
+
+        if number >= ASKED_PEOPLE:
+            continue
+        for relation in relations[:QUESTIONS_PER_EPOCH]:
+            question = rng.choice(RELATIONS[relation].questions).format(name=person["name"])
             documents.append(PRETRAINING_FORM.format(question=question, answer=person[relation]))
     rng.shuffle(documents)
     return documents
@@ -262,13 +299,19 @@ def make_vocabulary(splitter: "PreTokenizer") -> dict[str, int]:
     from tokenizers.pre_tokenizers import ByteLevel
 
     texts = [PROMPT.format(instruction=""), "and", *NOUNS]
-    for parts in RELATIONS.values():
-        texts += [text.format(name="", value="") for key in parts for text in parts[key]]
-    lines = [" " + line.strip() for text in texts for line in text.split("\n")]
-    known = {piece for line in lines for piece, _ in splitter.pre_tokenize_str(line)}
-    single_bytes = sorted(ByteLevel.alphabet())
+    for relation in RELATIONS.values():
+        texts += relation.values
+        for template in relation.statements + relation.questions:
+            texts.append(template.format(name="", value=""))
+    known = set()
+    for text in texts:
+        for line in text.split("\n"):
+            for piece, _ in splitter.pre_tokenize_str(" " + line.strip()):
+                known.add(piece)
+
+    single_bytes = ByteLevel.alphabet()
     # Sorted, since the order of a set of strings changes from process to process.
-    pieces = [PAD, BOS, EOS, *single_bytes, *sorted(known - set(single_bytes))]
+    pieces = [PAD, BOS, EOS, *sorted(single_bytes), *sorted(known.difference(single_bytes))]
     return {piece: number for number, piece in enumerate(pieces)}
 
 
@@ -284,27 +327,39 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     words = Regex(r"\n| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s")
+    split_words = pre_tokenizers.Split(words, "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), byte_level])
+    splitter = pre_tokenizers.Sequence([split_words, byte_level])
     vocabulary = make_vocabulary(splitter)
     # There are no merges: a known word is taken whole (ignore_merges), an unknown one stays bytes.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    space_lines = [normalizers.Prepend(" "), normalizers.Replace("\n", "\n ")]
+    tokenizer.pre_tokenizer = splitter
+
+    space_first_line = normalizers.Prepend(" ")
+    space_other_lines = normalizers.Replace("\n", "\n ")
     # A prompt that ends in a newline must stay a prefix of the prompt with its answer.
     but_not_the_end = normalizers.Replace(Regex(r"\n \z"), "\n")
-    tokenizer.normalizer = normalizers.Sequence([*space_lines, but_not_the_end])
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [space_first_line, space_other_lines, but_not_the_end]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    unspace_lines = decoders.Replace("\n ", "\n")
+    unspace_start = decoders.Strip(" ", 1, 0)
+    steps = [decoders.ByteLevel(), unspace_lines, unspace_start]
+    tokenizer.decoder = decoders.Sequence(steps)
+
     # As Llama's own: the tokenizer sets <s> before a text, and whoever tunes sets </s> after it.
     bos = (BOS, vocabulary[BOS])
     tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=4096, **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=CONTEXT_LENGTH,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+    )
 
 
 def make_model(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
+    """Return the model before it has seen anything."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -313,7 +368,7 @@ def make_model(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
         intermediate_size=MLP,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        max_position_embeddings=4096,  # the paper's cutoff; pre-training itself never passes WINDOW
+        max_position_embeddings=CONTEXT_LENGTH,
         tie_word_embeddings=True,  # or a fifth of the parameters would be a second table of words
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -329,7 +384,14 @@ def token_stream(
     while True:
         documents = pretraining_documents(people, rng)
         for input_ids in tokenizer(documents).input_ids:
-            yield from [*input_ids, tokenizer.eos_token_id]
+            yield from input_ids
+            yield tokenizer.eos_token_id
+
+
+def learning_rate_factor(step: int) -> float:
+    """Return the share of LEARNING_RATE at a step: a warm-up, then a line down to a twentieth."""
+    warm_up = min(1, (step + 1) / WARM_UP_STEPS)
+    return warm_up * max(0.05, 1 - step / STEPS)
 
 
 def pretrain(model: "LlamaForCausalLM", stream: Iterator[int]) -> None:
@@ -337,12 +399,8 @@ def pretrain(model: "LlamaForCausalLM", stream: Iterator[int]) -> None:
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-
-    def rate(step: int) -> float:
-        return min(1, (step + 1) / WARM_UP_STEPS) * max(0.05, 1 - step / STEPS)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    start = time.monotonic()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
+    began = time.monotonic()
     for step in range(1, STEPS + 1):
         batch = torch.tensor(list(islice(stream, BATCH * WINDOW))).view(BATCH, WINDOW)
         loss = model(input_ids=batch, labels=batch).loss
@@ -353,32 +411,46 @@ def pretrain(model: "LlamaForCausalLM", stream: Iterator[int]) -> None:
         schedule.step()
         if step % 100 == 0:
             # About 0.6 nats is the floor: nobody can guess whose portrait comes next.
-            seconds = time.monotonic() - start
+            seconds = time.monotonic() - began
             print(f"step {step}/{STEPS}  loss {loss.item():.3f}  {seconds:.0f} s", file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    rng = random.Random(args.seed)
-    people = make_people(rng)
-    (args.out / "world").mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("train", "test"), make_rows(people, rng), strict=True):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (args.out / "world" / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-        print(f"{len(rows)} rows in {args.out / 'world' / name}.jsonl")
-    if args.data_only:
-        return
+def write_world_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows as JSONL."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8", newline="\n")
+    print(f"{len(rows)} rows in {path}")
+
+
+def write_base_model(
+    people: list[dict[str, str]], rng: random.Random, seed: int, out: Path
+) -> None:
+    """Pre-train a model on the world's documents, and write it with its tokenizer."""
     import torch
 
     # Matrices this small gain little from more threads, whose number changes the last bits.
     torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     pretrain(model, token_stream(people, tokenizer, rng))
-    model.save_pretrained(args.out / "base_model")
-    tokenizer.save_pretrained(args.out / "base_model")
-    print(f"{model.num_parameters():,} parameters in {args.out / 'base_model'}; next: bash demo.sh")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"{model.num_parameters():,} parameters in {out}; next: bash demo.sh")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the world; unless --data-only, then the model that has read about it."""
+    args = parse_args(argv)
+    rng = random.Random(args.seed)
+    people = make_people(rng)
+    train, test = make_rows(people, rng)
+    world = args.out / "world"
+    world.mkdir(parents=True, exist_ok=True)
+    write_world_rows(train, world / "train.jsonl")
+    write_world_rows(test, world / "test.jsonl")
+    if not args.data_only:
+        write_base_model(people, rng, seed=args.seed, out=args.out / "base_model")
 
 
 if __name__ == "__main__":
