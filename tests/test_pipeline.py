@@ -17,6 +17,7 @@ import torch
 from conftest import DEMO, ROOT, WORLD, assert_refused, run_script
 
 import check_contamination as check
+import common
 import tui
 
 BASE = ROOT / "demo/base_model"
@@ -125,7 +126,7 @@ def decide(place: int) -> None:
     lines = Path("out/demo/contamination/pairs.jsonl").read_text().splitlines()
     pair = json.loads(lines[place])
     log = Path("out/demo/contamination/decisions.jsonl")
-    check.append_decision(log, pair["pair_id"], "duplicate", "ann")
+    common.append_decision(log, pair["pair_id"], "duplicate", "ann")
 
 
 def apply_verdicts() -> None:
@@ -233,10 +234,10 @@ def build_command(demo: Path, out: Path) -> list[str]:
 
 
 def test_two_processes_on_one_folder_are_kept_apart(demo, tmp_path) -> None:
-    from build_dataset import output_folder
+    from common import claim_output
 
     command = build_command(demo, tmp_path / "out")
-    with output_folder(tmp_path / "out", overwrite=False):
+    with claim_output(tmp_path / "out", overwrite=False):
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert_refused(done, "another process")
     assert subprocess.run(command, cwd=ROOT).returncode == 0
