@@ -1213,7 +1213,7 @@ def check(args: argparse.Namespace, started: float) -> str:
             outputs=[pairs_file],
             started=started,
             counts=counts,
-            embedding=embedder.about,
+            embedding=embedder.described,
         )
         return apply(args, time.monotonic())
 

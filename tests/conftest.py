@@ -79,8 +79,8 @@ def demo_origins() -> dict[str, str]:
     origins = {}
     for name in SOURCES.split(","):
         files = sorted((ROOT / "demo/data" / name).iterdir())
-        about = build.load_sources()[name]
-        for place, raw, error in build.raw_rows(name, about, files, True):
+        source = build.load_sources()[name]
+        for place, raw, error in build.raw_rows(source, files, True):
             assert not error, place
             origins[f"{name}:{place}"] = f"{name}:{build.origin(place, raw)}"
     return origins

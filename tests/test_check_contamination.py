@@ -734,7 +734,7 @@ def labelled_pairs() -> tuple[list[tuple[dict, check.Question]], check.Rarity]:
     args = build.parse_args([*local, "--sources", sources, "--include-test-splits"])
     rows = []
     for name in sources.split(","):
-        rows += build.read_source(name, args)[0]
+        rows += build.read_source(build.load_sources()[name], args).rows
     build.add_ids(rows)
     questions = check.load_questions(check.parse_args(local))
 

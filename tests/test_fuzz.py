@@ -143,12 +143,9 @@ def test_source_files(tmp_path, file: str) -> None:
     args = build_dataset.parse_args(["--local", str(tmp_path), "--sources", source])
 
     def read() -> None:
-        rows, dropped, _ = build_dataset.read_source(source, args)
-        build_dataset.add_ids(rows)
-        build_dataset.add_ids(dropped)
-        for row in rows:
-            row["keywords"] = sorted(row["keywords"])
-        common.to_jsonl(rows + dropped).encode()
+        reading = build_dataset.read_source(build_dataset.load_sources()[source], args)
+        build_dataset.add_ids(reading.rows + reading.dropped)
+        common.to_jsonl(reading.rows + reading.dropped).encode()
 
     seen = fuzz(path, read, 1)
     assert seen["read"] > 0

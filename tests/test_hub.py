@@ -175,7 +175,7 @@ def solved_by_steps(
 def math_files() -> dict[str, list[Record]]:
     """One file for each configuration."""
     files = {}
-    for config in build.load_sources()["math"]["hub"]["names"]:
+    for config in build.load_sources()["math"].hub["names"]:
         files[f"{config}/train-0.parquet"] = [{"problem": config, "solution": "s"}]
     return files
 
@@ -183,7 +183,7 @@ def math_files() -> dict[str, list[Record]]:
 def scibench_files() -> dict[str, list[Record]]:
     """Files of one problem; some have one more column."""
     files = {}
-    for file in build.load_sources()["scibench"]["hub"]["data_files"]:
+    for file in build.load_sources()["scibench"].hub["data_files"]:
         row = {"problem_text": file, "answer_number": "5"}
         if file.endswith("_sol.json"):
             row["solution"] = "worked"
@@ -294,7 +294,7 @@ def write_card(file: Path, configs: list[str]) -> None:
 def write_repositories(root: Path) -> None:
     """Write every source's files; of a repository that is pinned, main holds nothing."""
     for source, files in FILES.items():
-        hub = build.load_sources()[source]["hub"]
+        hub = build.load_sources()[source].hub
         (root / "datasets" / hub["path"]).mkdir(parents=True, exist_ok=True)
         for file, rows in files.items():
             write_rows(place_of(root, hub, file), rows)
@@ -334,7 +334,7 @@ def test_every_source_gives_the_rows_of_its_files(hub: int, tmp_path: Path) -> N
 def test_faults_of_all_sources_are_named_at_once(hub: int, tmp_path: Path) -> None:
     write_repositories(tmp_path / "hub")
     sources = build.SOURCES.read_text()
-    commit = build.load_sources()["guanaco"]["hub"]["revision"]
+    commit = build.load_sources()["guanaco"].hub["revision"]
     for right, wrong in [('split = "test"', ""), ("nuprl/", "nobody/"), (commit, "0" * 40)]:
         assert right in sources
         sources = sources.replace(right, wrong)

@@ -65,9 +65,8 @@ def test_what_the_readme_offers_to_edit_exists() -> None:
 
 def test_every_source_has_a_place_and_a_licence() -> None:
     for name, source in build_dataset.load_sources().items():
-        if "hub" in source:
-            assert source["licence"], name
-            assert source["hub"]["path"], name
+        assert source.licence, name
+        assert source.hub.get("path") or name == "extra", name
 
 
 def test_every_file_of_the_readme_exists() -> None:
