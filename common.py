@@ -5,6 +5,9 @@ verdicts and their log. Nothing of a single step. It imports the standard librar
 more does so inside its function. Who forks a script takes that script and this file:
 
     from common import UserError, make_parser, claim_output, finish_run, run_main
+
+"The paper" is Platypus, arXiv 2308.07317. A "mend" is what the user can do about a fault; every
+error message ends with one.
 """
 
 import argparse
@@ -30,18 +33,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 Row = dict[str, Any]  # one line of JSONL
-UNFINISHED = ".unfinished"  # in an output folder from its first write until run.json stands there
+UNFINISHED = ".unfinished"  # holds a step's command from its first write until run.json is there
 DECISIONS = "decisions.jsonl"  # the only human work: nothing ever removes it
 PACKAGES = ("torch", "transformers", "peft", "datasets", "sentence-transformers", "lm_eval")
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 VERDICTS = ("duplicate", "gray-area", "similar-but-different", "not-a-leak")  # paper, section 2.3
-REMOVED = (*VERDICTS[:3], "undecided")  # the paper removed all three classes
+REMOVED = (*VERDICTS[:3], "undecided")  # the paper's three classes, and what nobody looked at yet
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-NOT_OF_THE_BASE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+CONFIG_NOISE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 BROKEN_PIPE, INTERRUPTED = 141, 130  # exit codes that a shell gives to SIGPIPE and SIGINT
 LONGEST_SHOWN = 4000  # characters of one text
 COMBINING_SHOWN = 3  # marks on one letter; scripts in use need no more
-DRAWN_AS_NOTHING = re.compile(  # letters and marks, by their category, that terminals do not draw
+DRAWN_AS_NOTHING = re.compile(  # fillers, joiners, variation selectors: str.isprintable() is true
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
     "\U000e0100-\U000e01ef]"
 )
@@ -66,20 +69,23 @@ def run_main(main: Callable[[], None]) -> None:
         code = exit_code(main)
         sys.stdout.flush()  # here, where its fault can be caught, not at the interpreter's end
     except BrokenPipeError:
-        os._exit(BROKEN_PIPE)
+        os._exit(BROKEN_PIPE)  # sys.exit() would flush stdout once more, and fail again
     if code:
         sys.exit(code)
 
 
 def exit_code(main: Callable[[], None]) -> Any:
-    """Run a script's main() and say on stderr what stopped it; return the exit code, 0 or None."""
+    """Run a script's main() and say on stderr what stopped it.
+
+    Returns 2 for an error, 130 for Ctrl-C, else what main() gave to sys.exit(), 0 without one.
+    """
     try:
         silence_libraries()
         main()
         return 0
     except SystemExit as end:
         return end.code
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError, which is no error here: run_main() ends it
         raise
     except KeyboardInterrupt:
         fault = "interrupted: the same command goes on with what is unfinished, or begins again"
@@ -104,7 +110,7 @@ def silence_libraries() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every retry
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it prints each retry
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it lacks
     warnings.simplefilter("ignore", FutureWarning)
 
@@ -163,7 +169,7 @@ def one_line(value: Any, longest: int = 200) -> str:
     ('line 3: \\u241b[2J', 'ab … gh')
     """
     text = " ".join(str("" if value is None else value).split())
-    if len(text) > longest:  # the mend stands at the end of a message
+    if len(text) > longest:  # the end of an error message says how to mend it
         half = longest // 2
         text = f"{text[:half]} … {text[-half:]}"
     return printable(text, len(text))
@@ -350,21 +356,25 @@ def sha256_of(path: Path) -> str:
 
 def check_input(path: Path, mend: str) -> Path:
     """Return `path` if it exists and no unfinished step left it; `mend` says how to get it."""
-    if not os.path.exists(path):  # False too for what cannot be a name
+    if not os.path.exists(path):  # unlike Path.exists(), False for a name with a NUL
         raise UserError(f"{path} is missing: {mend}")
     folder = path if path.is_dir() else path.parent
     mark = folder / UNFINISHED
     if mark.exists():
-        began = mark.read_text(errors="replace").strip()
-        raise UserError(f"{folder} is unfinished: finish it with {began}")
+        command = mark.read_text(errors="replace").strip()
+        raise UserError(f"{folder} is unfinished: finish it with {command}")
     return path
 
 
 def read_run(path: Path) -> Row:
-    """Read a finished step's run.json or apply.json. Raises UserError where it is none."""
+    """Read a finished step's run.json, or what `check_contamination.py apply` writes, apply.json.
+
+    Raises UserError where it is neither.
+    """
     fault = f"{path} is not what a finished step wrote: run that step again"
     run = read_object(path)
-    parts = [run.get("settings"), run.get("inputs"), run.get("outputs"), run.get("counts", {})]
+    parts = [run.get("settings"), run.get("inputs"), run.get("outputs")]
+    parts.append(run.get("counts", {}))  # which not every step has
     if not all(isinstance(part, dict) for part in parts):
         raise UserError(fault)
     files = [*run["inputs"].values(), *run["outputs"].values()]
@@ -374,7 +384,10 @@ def read_run(path: Path) -> Row:
 
 
 def check_listed(path: Path, record: str = "run.json") -> Path:
-    """Return a finished step's output, which must be the very file that the step recorded."""
+    """Return `path`; refuse it where `record` beside it lists a file of this name and other bytes.
+
+    A file that no step listed is the user's own, and taken as it is.
+    """
     run = path.with_name(record)
     if not run.exists():
         return path
@@ -421,12 +434,13 @@ def claim_output(
     """Hold `out` as this process's unfinished output folder until the block has ended well.
 
     A second process on it is refused; the lock ends with its process, however that ends. What a
-    former run listed as its outputs is removed, unless `keep_run`, for work on top of a finished
-    step. `resume_flag` is what this command needs to go on after a stop.
+    former run listed as its outputs is removed. `overwrite` allows that in a finished folder; with
+    `keep_run` too, the folder is worked on and nothing is removed. `resume_flag`: what this
+    command needs beside its own flags to go on after a stop, such as " --resume".
     """
     check_output(out, overwrite)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / UNFINISHED).open("a") as mark:
+    with (out / UNFINISHED).open("a") as mark:  # "a": a holder's command stays until it is locked
         try:
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(mark.fileno()), (out / UNFINISHED).stat()):
@@ -484,9 +498,12 @@ def describe_file(path: Path) -> Row:
 
 
 def describe_files(paths: Iterable[Path]) -> dict[str, Row]:
-    """Return {path: {"sha256", and "rows" of .jsonl}}; of inputs, ask before they are read."""
+    """Return {path: {"sha256", and "rows" of .jsonl}}.
+
+    Inputs are described before they are read: a later change then shows in run.json.
+    """
     files = list(paths)
-    with ThreadPoolExecutor() as threads:  # a core hashes 1 to 2 GB a second, and models have more
+    with ThreadPoolExecutor() as threads:  # a core hashes 1 to 2 GB a second; models have tens
         described = list(threads.map(describe_file, files))
     names = map(str, files)
     return dict(zip(names, described, strict=True))
@@ -509,29 +526,32 @@ def finish_run(
         sync(path)  # a power cut must not leave a run.json beside files that are empty or gone
     described = describe_files(outputs)
 
-    run = {
-        "step": Path(sys.argv[0]).stem,
-        "command": command_line(),
-        "settings": vars(args),
-        "seed": args.seed,
-        "partial": args.limit is not None,
-        "git_commit": git_commit(),
-        "python": sys.version.split()[0],
-        "packages": package_versions(),
-        "inputs": inputs,
-        "outputs": {str(path.relative_to(args.out)): described[str(path)] for path in outputs},
-        **more,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    listed = {}
+    for path in outputs:
+        listed[str(path.relative_to(args.out))] = described[str(path)]
+
+    run: Row = {"step": Path(sys.argv[0]).stem, "command": command_line(), "settings": vars(args)}
+    run["seed"] = args.seed
+    run["partial"] = args.limit is not None
+    run["git_commit"] = git_commit()
+    run["python"] = sys.version.split()[0]
+    run["packages"] = package_versions()
+    run["inputs"] = inputs
+    run["outputs"] = listed
+    run.update(more)
+    run["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    run["seconds"] = round(time.monotonic() - started, 1)
     text = json.dumps(run, indent=2, ensure_ascii=False, default=str)
     write_file(args.out / name, text + "\n")
 
 
 def git_commit() -> str | None:
-    """Return the commit of these scripts; None outside a git clone."""
+    """Return the commit of these scripts; None outside a git clone, and without git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() or None
 
 
@@ -550,7 +570,7 @@ def command_line() -> str:
 
 
 def sibling(folder: Path, name: str = "") -> str:
-    """Return the path of `name` beside a folder; of what holds both, without `name`.
+    """Return the path of `name` beside a folder; without `name` that of the folder's parent.
 
     >>> sibling(Path("out/merged"), "eval"), sibling(Path("."), "eval")
     ('out/eval', '../eval')
@@ -561,44 +581,51 @@ def sibling(folder: Path, name: str = "") -> str:
 def next_command(out: Path) -> str:
     """Return the command that goes on from a finished step's folder, by what its run.json says.
 
-    It names the same base model, local files and contamination check. "" for a step without a next.
+    It reads the same local files as this step did, and names the base model where the next step
+    cannot know it. "" where the folder is of no step.
     """
     run = read_object(out / "run.json")
-    settings = run.get("settings") or {}
     step = run.get("step")
-    local = settings.get("local")
-    command = []
     if step == "build_dataset":
         command = ["check_contamination.py", "--dataset", out / "dataset.jsonl"]
-        command += ["--out", sibling(out, "contamination")]
+        command += ["--out", sibling(out, "contamination"), *local_flags(run)]
     elif step == "check_contamination":
         command = ["finetune.py", "--data", out / "clean.jsonl", "--out", sibling(out, "adapter")]
-        local = None
     elif step == "finetune":
         command = ["merge.py", "--adapter", out, "--out", sibling(out, "merged")]
     elif step == "merge":
         command = ["evaluate.py", "--model", run.get("base_model"), "--model", out]
-        command += ["--out", sibling(out, "eval")]
-        check = run["adapters"][0].get("contamination")
-        if check:
-            command += ["--contamination", check]
-            checked = read_object(Path(check) / "run.json").get("settings") or {}
-            local = checked.get("local")
+        command += ["--out", sibling(out, "eval"), *contamination_flags(run)]
     elif step == "evaluate":
         command = ["tui.py", sibling(out)]
-        local = None
-    if not command:
+    else:
         return ""
-    if local:
-        command += ["--local", local]
     return shlex.join(["python", *map(str, command)])
+
+
+def local_flags(run: Row) -> list[str]:
+    """Return --local DIR as a finished step had it, or nothing."""
+    settings = run.get("settings")
+    if isinstance(settings, dict) and settings.get("local"):
+        return ["--local", str(settings["local"])]
+    return []
+
+
+def contamination_flags(merge_run: Row) -> list[str]:
+    """Return --contamination DIR of the first adapter's data, and --local as that check had it."""
+    with suppress(LookupError, TypeError, AttributeError):  # a run.json may hold anything
+        folder = merge_run["adapters"][0].get("contamination")
+        if folder:
+            checked = read_object(Path(folder) / "run.json")
+            return ["--contamination", str(folder), *local_flags(checked)]
+    return []
 
 
 # --- models ---------------------------------------------------------------------------------------
 
 
 def hub_fault(name: str, error: Exception) -> str:
-    """Say why a folder, an address or a hub id cannot be loaded, and the mend that fits."""
+    """Say why a folder, an address or a hub id cannot be loaded, and which mend fits."""
     fault = f"{name} cannot be loaded"
     if Path(name).exists() or name.startswith((".", "/", "~", "http")):
         return f"{fault}: {first_line(error)}"
@@ -609,9 +636,10 @@ def hub_fault(name: str, error: Exception) -> str:
 def fetch_model(flag: str, name: str) -> Path:
     """Return the folder of a model, fetched from the hub where `name` is no folder but an id."""
     folder = Path(name)
-    if name and folder.is_dir():
+    if name and folder.is_dir():  # Path("") would be the current folder
         return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or folder.parent.exists():
+    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+    if not is_id or folder.parent.exists():  # "out/mergd" is a misspelt folder, not a hub id
         raise UserError(f"{flag} {name or repr(name)}: no such folder, and no hub id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
@@ -630,11 +658,14 @@ def use_device(name: str) -> str:
     """
     import torch
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, so every text
+    # cuDNN's attention plans anew for every shape, and nearly every text has a shape of its own
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, GPU, build
-        fault = f"cannot be used here ({first_line(error):.100}): name another, or none"
+        fault = (
+            f"cannot be used here ({first_line(error):.100}): name another, or leave --device out"
+        )
         raise UserError(f"--device {name} {fault}") from None
     return name
 
@@ -657,12 +688,12 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
 def base_fingerprint(folder: Path) -> dict[str, str]:
     """Tell one base model from another: {"config": sha256, "tensors": sha256}.
 
-    The first of config.json without NOT_OF_THE_BASE; the second of every tensor's name, dtype,
+    The first of config.json without CONFIG_NOISE; the second of every tensor's name, dtype,
     shape and its first, middle and last row. How the tensors are spread over shards changes
-    nothing. Of a folder without *.safetensors it is the sha256 of nothing.
+    nothing. Of a folder without *.safetensors "tensors" is the sha256 of "{}".
     """
-    config = json.loads((folder / "config.json").read_bytes())
-    kept = {key: value for key, value in config.items() if key not in NOT_OF_THE_BASE}
+    config = read_json(folder / "config.json")
+    kept = {key: value for key, value in config.items() if key not in CONFIG_NOISE}
     described: Row = {}
     for path in sorted(folder.glob("*.safetensors")):
         described |= describe_tensors(path)
@@ -678,7 +709,7 @@ def describe_tensors(path: Path) -> dict[str, list[Any]]:
     """Return {tensor: [dtype, shape, sha256 of its first, middle and last row]} of a safetensors.
 
     The file starts with the length of its header (8 bytes), the header in JSON, then the numbers.
-    It is read, not mapped: pages in sight of a map count as memory.
+    It is read, not mapped: mapped pages would count as this process's memory.
     """
     described = {}
     with path.open("rb") as file:
@@ -716,13 +747,14 @@ def read_adapter(folder: Path) -> tuple[Row, set[str]]:
     Raises UserError for a missing, broken or edited file, and for weights in a pickle.
     """
     mend = "write it with: python finetune.py, or name another --adapter"
-    config = read_json(check_input(check_input(folder, mend) / "adapter_config.json", mend))
+    check_input(folder, mend)
+    config = read_json(check_input(folder / "adapter_config.json", mend))
     weights = folder / "adapter_model.safetensors"
     pickle = folder / "adapter_model.bin"
     if pickle.exists() and not weights.exists():
-        code = f"t.load({str(pickle)!r}, weights_only=True), {str(weights)!r}"
-        code = f"import torch as t, safetensors.torch as s; s.save_file({code})"
-        command = shlex.join(["python", "-c", code])
+        load = f"torch.load({str(pickle)!r}, weights_only=True)"
+        save = f"safetensors.torch.save_file({load}, {str(weights)!r})"
+        command = shlex.join(["python", "-c", f"import torch, safetensors.torch; {save}"])
         raise UserError(f"{pickle} is a pickle, which may run code; convert it: {command}")
     names = tensor_names(check_listed(check_input(weights, mend)))
     return config, set(names)
@@ -732,9 +764,9 @@ def read_adapter(folder: Path) -> tuple[Row, set[str]]:
 
 
 def read_decisions(path: Path) -> dict[str, Row]:
-    """Read the last verdict of each pair; null withdraws; what is none, as after a crash, is named.
+    """Read the log: {pair_id: its last line}, without pairs whose last line withdraws the verdict.
 
-    Returns {pair_id: line of the log}; {} where there is no log.
+    A line that is no decision, as a crash may leave, is skipped with a warning. {} without a log.
     """
     if not path.exists():
         return {}
@@ -752,7 +784,7 @@ def is_decision(line: Any) -> bool:
     """Tell whether a record is a line of the log: a pair's verdict, or None to withdraw it."""
     if not isinstance(line, dict) or not isinstance(line.get("pair_id"), str):
         return False
-    return line.get("verdict", "") in (None, *VERDICTS)
+    return "verdict" in line and line["verdict"] in (None, *VERDICTS)
 
 
 def append_decision(
@@ -764,7 +796,7 @@ def append_decision(
     line = {"pair_id": pair_id, "verdict": verdict, "reviewer": reviewer, "time": now, "note": note}
     with path.open("ab+") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        if log.tell():
+        if log.seek(0, os.SEEK_END):  # it is not empty
             log.seek(-1, os.SEEK_END)
             if log.read(1) != b"\n":  # a crash cut the last line short: start a new one
                 log.write(b"\n")
@@ -779,7 +811,7 @@ def removed_ids(
     """Return the rows that go, and why: {train_id: [{"pair_id", "verdict"}]}.
 
     pairs: lines of pairs.jsonl; decisions: of read_decisions(), a pair without one is "undecided";
-    remove: the verdicts of which one pair is enough.
+    remove: a row goes if one of its pairs has one of these verdicts.
     """
     gone = defaultdict(list)
     for pair in pairs:
