@@ -8,10 +8,11 @@ DIR/<source>/ (--local DIR) or the hub; writes out/dataset/: dataset.jsonl, drop
     python build_dataset.py
 
 Two rows are near-duplicates when the all-MiniLM-L6-v2 embeddings of "instruction input" have a
-cosine of at least 0.8, in longer texts those of every 256-token window with a partner in the other
-text; the row with the longer answer stays, and every dropped row names it.
+cosine of at least 0.8. The model reads 256 tokens: longer texts are cut into windows, and each
+window of either text needs a partner of that cosine in the other. The row with the longer answer
+stays, and every dropped row names it.
 Time: embedding, about 60 rows a second on one CPU core, and none for texts seen before (cache).
-Memory: the rows, plus 1.5 kB each. It does not check answers: a wrong solution stays wrong.
+Memory: the rows. It does not check answers: a wrong solution stays wrong.
 """
 
 import argparse
@@ -74,15 +75,16 @@ ANSWER_HEADING = "# Answer"  # PRM800K: a line of its own above the final answer
 BOX = "\\boxed{"  # LaTeX around a result
 CACHE = Path("out/cache")
 COSINE_THRESHOLD = 0.8  # paper, section 2.2; the published notebook used 0.7
-THRESHOLD_MARGIN = 1e-5  # float32 cosines err by 3e-7; from here up the float64 cosine decides
+THRESHOLD_MARGIN = 1e-5  # below it float64 decides: float32 cosines err by 3e-7
 EMBEDDING_MODEL = "all-MiniLM-L6-v2"  # the paper's
-# of the model.safetensors that the hub has
+# The package index has a copy of the hub's model.safetensors: the same bytes, by this hash.
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WINDOW = 256  # tokens that the model reads; the rest of a longer text it never sees
 TEXTS_A_COMMIT = 256  # embedded between two commits of the cache: a kill loses at most these
 REPORT_SECONDS = 10  # between two lines of progress where there is no terminal
 BLOCK = 1024  # rows of one block of cosines
 BLOCK_COLUMNS = 8192  # its columns: 1,024 x 8,192 x 4 bytes = 34 MB
+PAIRS_AT_ONCE = 8192  # of which float64 decides: 2 x 8,192 x 384 x 8 bytes = 50 MB
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class Source:
     output: str = "''"
     convert: str = ""  # instead of these four: a key of CONVERTERS
     hub: Row = field(default_factory=dict)
-    paper: bool = True
-    published: int | None = None
+    paper: bool = True  # one of the default sources
+    published: int | None = None  # its rows in the released Open-Platypus
     generated: bool = False
     keywords: bool = False
     held_out: list[str] = field(default_factory=list)
@@ -237,7 +239,8 @@ def local_files(source: Source, args: argparse.Namespace) -> list[Path]:
         is_held_out = any(path.match(pattern) for pattern in held_out)
         if path.suffix in (".jsonl", ".json") and not is_held_out:
             files.append(path)
-    if all(path.name == THEOREMS for path in files):
+    questions = [path for path in files if path.name != THEOREMS]
+    if not questions:
         raise UserError(f"{folder} has no .jsonl or .json file of a training split")
     return files
 
@@ -290,6 +293,8 @@ def hub_rows(source: Source, include_test_splits: bool) -> Iterator[tuple[str, A
 
 def hub_calls(hub: Row) -> dict[str, Row]:
     """Turn a source's `hub` into {place: arguments of load_dataset}: a call for each file or name.
+
+    One call could not hold them all: the files of a source differ in their columns.
 
     >>> hub_calls({"path": "json", "folder": "https://x.org/", "data_files": ["a.json"]})
     {'a.json': {'path': 'json', 'data_files': 'https://x.org/a.json'}}
@@ -390,7 +395,8 @@ def lettered(question: str, choices: list[str], mark: str = ":") -> str:
 def solved_steps(raw: Row) -> tuple[str, str, str] | None:
     r"""Convert a row of PRM800K: the steps rated correct, joined, where they reach the answer.
 
-    Raw phase files, or {"problem", "steps"} from recovered solutions.
+    A row of the raw files has rated completions; one of {"problem", "steps"} was filtered like that
+    before, and is joined as it is.
 
     >>> solved_steps({"problem": "2+2?", "steps": ["Add: $2+2=\\boxed{4}$.", "# Answer\n\n4"]})
     ('2+2?', '', 'Add: $2+2=4$.\n4')
@@ -415,7 +421,8 @@ def solved_steps(raw: Row) -> tuple[str, str, str] | None:
 def correct_texts(step: Row) -> list[str]:
     """Return what was rated correct of one step: a model's completion, then the rater's own text.
 
-    Of several completions it is the one that ends the solution, else the first.
+    Of several completions it is the one that ends the solution, else the first; the published code
+    takes the rater's text beside it, too.
     """
     texts = []
     correct = [c["text"] for c in step.get("completions") or [] if c["rating"] == 1]
@@ -469,7 +476,7 @@ def to_row(raw: Any, source: Source, convert: Converter, args: argparse.Namespac
     """Convert one raw row. Raises Dropped where it is no training row."""
     if not isinstance(raw, dict):
         raise Dropped("invalid", f"a {type(raw).__name__}, not an object")
-    splits = [raw.get("split"), raw.get("math_split")]  # ScienceQA's and PRM800K's columns
+    splits = [raw.get("split"), raw.get("math_split")]  # ScienceQA's; the hub copy of PRM800K's
     if not args.include_test_splits and ("test" in splits or "val" in splits):
         raise Dropped("split")
     if args.exclude_generated and source.generated:
@@ -545,6 +552,7 @@ def read_source(source: Source, args: argparse.Namespace) -> Reading:
             if error:
                 raise Dropped("invalid", error)
             row = to_row(raw, source=source, convert=convert, args=args)
+            # counted for every source, for run.json
             words = {word.lower() for word in keyword.findall(row["instruction"])}
             if source.keywords and not words:
                 raise Dropped("keyword")
@@ -591,10 +599,14 @@ def origin(place: str, raw: Row) -> str:
 
 
 def add_ids(rows: list[Row]) -> None:
-    """Give each row its stable id: a hash of source, content and the how-manieth repeat."""
+    """Give each row its id: a hash of source, content and the how-manieth repeat of that content.
+
+    The order of a source's lines changes no id of a converted row. A row that was dropped before
+    it was converted has no content, so its id is a number within its source.
+    """
     repeats: Counter[str] = Counter()
     for row in sorted(rows, key=lambda row: (row["source"], row["origin"])):
-        texts = [row.get(name, "") for name in FIELDS]  # dropped rows have none
+        texts = [row.get(name, "") for name in FIELDS]
         content = json.dumps([row["source"], *texts])
         numbered = f"{content} {repeats[content]}"
         row["id"] = hashlib.sha256(numbered.encode()).hexdigest()[:16]
@@ -625,7 +637,7 @@ class Embedder:
         """Return the texts' unit vectors, float32, memory-mapped, [len(texts), dimension]."""
         import numpy as np
 
-        if not texts:  # nothing can be mapped
+        if not texts:  # nothing can be mapped, and the dimension is not known
             return np.zeros((0, 1), np.float32)
         keys = [hashlib.sha256((self.sha256 + text).encode()).digest() for text in texts]
         missing = {}
@@ -647,7 +659,7 @@ class Embedder:
         from rich.progress import track
         from sentence_transformers import SentenceTransformer
 
-        # A fixed order: vectors move by 1e-7 with their batch. Longest first pads least.
+        # Longest first pads least; ties in a fixed order, as a batch moves its vectors by 1e-7.
         keys = sorted(texts, key=lambda key: (-len(texts[key]), key))
         model = SentenceTransformer(str(self.folder), device=self.device)
         console = Console(stderr=True)
@@ -671,7 +683,7 @@ class Embedder:
         """
         import numpy as np
 
-        with tempfile.TemporaryFile(dir=self.cache_folder) as file:
+        with tempfile.TemporaryFile(dir=self.cache_folder) as file:  # the map outlives it
             return np.memmap(file, np.float32, "w+", shape=shape)
 
     def windows(self, texts: list[str]) -> list[list[str]]:
@@ -683,8 +695,8 @@ class Embedder:
         options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
         windows = []
         for text in texts:
-            token_starts = []
-            if len(text) > limit:  # a token has at least one character
+            token_starts = []  # a short text is one part
+            if len(text) > limit:  # else it has no more tokens than characters
                 offsets = tokenizer(text, **options)["offset_mapping"]
                 token_starts = [start for start, _ in offsets]
             windows.append(cut_text(text, token_starts, limit))
@@ -792,7 +804,7 @@ def similar_pairs(
             if cosines.max() < lowest:
                 continue
             near = (cosines >= lowest).nonzero()  # [pairs, 2]
-            for pairs in near.split(BLOCK_COLUMNS):  # 8,192 pairs in float64 are 50 MB
+            for pairs in near.split(PAIRS_AT_ONCE):
                 i = pairs[:, 0].numpy() + top
                 j = pairs[:, 1].numpy() + left
                 exact = np.einsum("nd,nd->n", a[i].astype(np.float64), b[j].astype(np.float64))
@@ -835,7 +847,7 @@ def deduplicate(
     near_by_id = {row["id"]: row for row in near}
     for row in exact:
         twin = near_by_id.get(row["kept_id"])
-        if twin:  # the kept row has gone in turn: what is near to it is as near to its repeat
+        if twin:  # the row kept in its place was dropped as near: so is this, its exact repeat
             row["kept_id"] = twin["kept_id"]
             row["cosine"] = twin["cosine"]
     return rows, exact + near
@@ -875,11 +887,11 @@ def drop_near(
     these. The block size does not matter.
 
     vectors: unit vectors of all rows' windows, float32, [sum(sizes), d]; sizes: windows per row;
-    scratch makes the array for the kept ones' (default: in memory).
+    scratch makes the array for the kept rows' vectors (default: in memory).
     """
     import numpy as np
 
-    vectors = np.asarray(vectors)  # of a memory map too: its own slices cost more
+    vectors = np.asarray(vectors)  # slices of a np.memmap cost more than those of an array
     starts = np.cumsum([0, *sizes])  # of each row's windows in `vectors`; the last is their end
     windows = [vectors[start:end] for start, end in itertools.pairwise(starts)]  # views, no copies
     owners = np.repeat(np.arange(len(rows)), sizes)  # the row of each window
@@ -888,11 +900,12 @@ def drop_near(
     count = 0  # windows of the rows kept so far
     dropped: dict[int, Row] = {}  # by their places in `rows`
 
-    # Candidates come in blocks: rows kept before the block, and the block's own, kept or not.
+    # Rows are judged in blocks. A row's candidates are rows that an earlier block kept, and earlier
+    # rows of its own block. Only its first window is looked up: in a similar row it has a partner.
     for top in range(0, len(rows), BLOCK):
         stop = min(top + BLOCK, len(rows))
         block = slice(starts[top], starts[stop])
-        heads = vectors[starts[top:stop]]  # first windows: a similar row has a partner for each
+        heads = vectors[starts[top:stop]]  # the first window of each row
         earlier = rows_near(
             heads, vectors=kept_vectors[:count], owners=kept_owners[:count], threshold=threshold
         )
