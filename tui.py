@@ -111,12 +111,12 @@ WORD = re.compile(r"\w+|[^\w\s.,;:!?'\"$\\(){}\[\]]")  # what a reader takes for
 
 POINTS = 500  # buckets of a long curve, at least: more than a wide screen has dots
 SMOOTHING = 0.95  # weight of the past in the smoothed loss: about the last 20 steps
-SPIKE = 6.0  # standard deviations above the smoothed loss, and half of it, make a spike
+SPIKE = 6.0  # standard deviations, and half of the smoothed loss, above which a loss is a spike
 WARM = 20  # steps before which no loss is called a spike
-STALL_SECONDS = 60.0  # without a line; or STALL_STEPS, where they last longer: a stall
-STALL_STEPS = 10
-DISK_BYTES = 2e9  # free space below it, or below DISK_SHARE of the disk, is "nearly full"
-DISK_SHARE = 0.02
+STALL_SECONDS = 60.0  # without a new line are a stall, unless a step takes that long
+STALL_STEPS = 10  # times the seconds of a step: the stall of slow ones
+DISK_BYTES = 2e9  # free space below this is "nearly full"
+DISK_SHARE = 0.02  # and so is less than this share of the disk
 CURVES = {  # metric -> title with its unit
     "loss": "loss, nats per token",
     "learning_rate": "learning rate",
@@ -754,10 +754,6 @@ class Bucket(NamedTuple):
     low: float
     high: float
 
-    def join(self, later: "Bucket") -> "Bucket":
-        """Return the bucket of both."""
-        return Bucket(self.step, min(self.low, later.low), max(self.high, later.high))
-
 
 class Curve:
     """A metric over steps in at most 2 x POINTS buckets.
@@ -772,16 +768,19 @@ class Curve:
 
     def add(self, step: float, value: float) -> None:
         """Take the value of a later step."""
-        new = Bucket(step, value, value)
         if self.buckets and self.filled < self.stride:
-            self.buckets[-1] = self.buckets[-1].join(new)
+            last = self.buckets[-1]
+            self.buckets[-1] = Bucket(last.step, min(last.low, value), max(last.high, value))
             self.filled += 1
             return
         if len(self.buckets) == 2 * POINTS:
             pairs = zip(self.buckets[::2], self.buckets[1::2], strict=True)
-            self.buckets = [first.join(second) for first, second in pairs]
+            self.buckets = [
+                Bucket(first.step, min(first.low, second.low), max(first.high, second.high))
+                for first, second in pairs
+            ]
             self.stride *= 2
-        self.buckets.append(new)
+        self.buckets.append(Bucket(step, value, value))
         self.filled = 1
 
     def forget_from(self, step: float) -> None:
@@ -808,7 +807,7 @@ class RunLog:
         self.alarms: dict[str, Alarm] = {}
         self.steps = 0  # lines that are steps
         self.tokens = 0.0
-        self.supervised = 0.0  # tokens
+        self.supervised = 0.0  # those of them that the loss counts
         self.mean = 0.0  # of the loss, exponentially weighted
         self.variance = 0.0
         self.planned: float | None = None  # steps, by the log's start
@@ -843,14 +842,13 @@ class RunLog:
         self.supervised += row.get("supervised_tokens") or 0
 
         for name in CURVES:
-            value = finite(row.get(name))
-            if value is not None:
+            value = row.get(name)
+            if value is not None and math.isfinite(value):
                 self.curves[name].add(step, value)
+                if name == "loss":
+                    self.smooth(step, value)
             elif name in row and name in ("loss", "grad_norm"):
                 self.alarm(f"{name.replace('_', ' ')} is NaN or infinite", step)
-        loss = finite(row.get("loss"))
-        if loss is not None:
-            self.smooth(step, loss)
         if row.get("supervised_tokens") == 0:
             self.alarm("no supervised tokens", step)
 
@@ -930,31 +928,29 @@ def run_parts(log: RunLog) -> Parts:
     row = log.latest
     if not row:
         return [(NO_LOG, "bold")]
-    lines = [
-        {
-            "step": step_text(log),
-            "epoch": short(row.get("epoch")),
-            "ETA": "ended" if log.ended else clock(row.get("eta_seconds")),
-            "run for": clock(row.get("seconds")),
-        },
-        {
-            "loss": f"{short(row.get('loss'), '.4g')}, smoothed {short(log.mean, '.4g')}",
-            "rate": short(row.get("learning_rate")),
-            "grad norm": short(row.get("grad_norm")),
-            "tokens/s": short(row.get("tokens_per_second")),
-        },
-        {
-            "supervised": f"{log.supervised:,.0f} of {log.tokens:,.0f} tokens",
-            "MFU": short(row.get("mfu"), ".1%"),
-            "memory GB": short(row.get("memory_gb")),
-            "GPU %": short(row.get("gpu_util")),
-        },
-    ]
+    progress = {
+        "step": step_text(log),
+        "epoch": short(row.get("epoch")),
+        "ETA": "ended" if log.ended else clock(row.get("eta_seconds")),
+        "run for": clock(row.get("seconds")),
+    }
+    learning = {
+        "loss": f"{short(row.get('loss'), '.4g')}, smoothed {short(log.mean, '.4g')}",
+        "rate": short(row.get("learning_rate")),
+        "grad norm": short(row.get("grad_norm")),
+        "tokens/s": short(row.get("tokens_per_second")),
+    }
+    machine = {
+        "supervised": f"{log.supervised:,.0f} of {log.tokens:,.0f} tokens",
+        "MFU": short(row.get("mfu"), ".1%"),
+        "memory GB": short(row.get("memory_gb")),
+        "GPU %": short(row.get("gpu_util")),
+    }
     parts = []
-    for figures in lines:
+    for line in (progress, learning, machine):
         if parts:
             parts.append(("\n", ""))
-        for name, value in figures.items():
+        for name, value in line.items():
             parts += [(f"{name} ", DIM), (f"{value}  ", "bold")]
     return parts
 
@@ -1183,7 +1179,7 @@ def script_of(folder: Path) -> str:
         began = re.search(r"(\w+)\.py", mark.read_text(errors="replace"))
         if began:
             return began[1]
-    return str(step_of(folder) or STEPS.get(folder.name, "?"))
+    return one_line(step_of(folder) or STEPS.get(folder.name, "?"))
 
 
 def is_held(mark: Path) -> bool:
@@ -1209,9 +1205,9 @@ def files_of(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def find_input(name: str, folder: Path) -> Path:
-    """Return where an input of a step lies: a relative name counts from its folder, or one above.
+    """Return where an input of a step lies; a relative name counts from its folder, or one above.
 
-    So a copy of the whole chain is walked in itself. From the current folder only then.
+    Only then from the current folder, or one above: a copy of a chain is walked in itself.
     """
     for parent in (folder, *folder.parents, Path(), *Path.cwd().parents):
         path = os.path.join(parent, name)
@@ -1224,11 +1220,14 @@ def find_input(name: str, folder: Path) -> Path:
 
 
 def walk_back(folder: Path, known: dict[Path, StepState | None]) -> None:
-    """Add a step's state to `known`, {resolved folder: state}, behind those that it came from."""
+    """Add a step's state to `known`, behind those that it came from.
+
+    known: {resolved folder: state, or None while the steps behind it are walked}.
+    """
     if not is_step(folder) or folder.resolve() in known:
         return
     key = folder.resolve()
-    known[key] = None  # so that a ring ends
+    known[key] = None  # so that a ring of inputs ends
     places = {name: find_input(name, folder) for name in files_of(folder, "inputs")}
     for place in places.values():
         walk_back(place.parent, known)
@@ -1259,6 +1258,11 @@ def pipeline_states(folder: Path) -> list[StepState]:
     return states
 
 
+def bare_command(script: str, folder: Path) -> str:
+    """Return the command of a step of which nothing is known but its folder."""
+    return shlex.join(["python", f"{script}.py", "--out", str(folder)])
+
+
 def missing_state(script: str, folder: Path, before: StepState | None) -> StepState:
     """Return the state of a step that has no folder; it goes on from the step before, if it can."""
     command = ""
@@ -1266,7 +1270,7 @@ def missing_state(script: str, folder: Path, before: StepState | None) -> StepSt
         with contextlib.suppress(AttributeError, LookupError, TypeError):  # an edited run.json
             command = next_command(before.folder)
     if not command:
-        command = shlex.join(["python", f"{script}.py", "--out", str(folder)])
+        command = bare_command(script, folder)
     return StepState(script, folder, status="not run", command=command)
 
 
@@ -1285,7 +1289,7 @@ def step_state(
         script,
         path,
         status="finished",
-        command=str(run.get("command") or f"python {script}.py --out {path}"),
+        command=str(run.get("command") or bare_command(script, path)),
         counts=counts_text(run),
         why=one_line(run.get("finished")),
     )
@@ -1417,7 +1421,7 @@ def step_parts(states: list[StepState]) -> Parts:
     for state in states:
         sign, colour = STATUS_LOOKS[state.status]
         parts.append((f"{sign} {state.status:<11}", colour))
-        parts.append((f"{one_line(state.script):<20}", "bold"))
+        parts.append((f"{state.script:<20}", "bold"))
         parts.append((f"{state.counts}\n", ""))
         parts.append((f"{'':13}{one_line(state.folder)}  {state.why}\n", DIM))
     return parts
@@ -1790,7 +1794,7 @@ class Review(Pane):
         return [(look.letter, look.colour), (f" {pair['cosine']:.3f} {origin}", style)]
 
     def draw(self) -> None:
-        """Draw what a verdict changes: all but the texts of the pair."""
+        """Draw all that a verdict or another list changes."""
         parts = [(NO_PAIRS, "bold")]
         if self.pairs:
             width = min(40, max(4, self.app.size.width - 72))  # the words beside it take 72
@@ -1926,7 +1930,7 @@ class Review(Pane):
 
     def action_filter(self) -> None:
         self.filter.display = True
-        self.filter.focus()
+        self.screen.set_focus(self.filter)  # at once; focus() waits for a turn
 
     def action_unfilter(self) -> None:
         self.filter.value = ""
@@ -1992,8 +1996,8 @@ class Watch(Pane):
         self.figures = PartsView("figures", "head")
         self.plots = {name: PlotextPlot(id=name) for name in CURVES}
         self.charts = Container(*self.plots.values(), id="charts")
-        self.lines = PartsView("log")
-        self.events = VerticalScroll(self.lines, id="events", classes="main")
+        self.event_lines = PartsView("log")
+        self.events = VerticalScroll(self.event_lines, id="events", classes="main")
         self.alone = deque([None, *CURVES])  # the first is the only chart shown; None: all are
         self.logarithmic = False
         self.open_log()
@@ -2015,7 +2019,7 @@ class Watch(Pane):
         yield self.charts
         yield self.events
 
-    def on_mount(self) -> None:
+    def on_mount(self) -> None:  # Textual calls the pane's too
         self.events.anchor()
         self.app.theme_changed_signal.subscribe(self, lambda _: self.draw_charts())
 
@@ -2051,7 +2055,7 @@ class Watch(Pane):
         lines = [event_text(row) for row in self.training.events]
         if self.tail.bad:
             lines.insert(0, f"{self.tail.bad:,} unreadable lines")
-        self.lines.put([("\n".join(lines), "")])
+        self.event_lines.put([("\n".join(lines), "")])
         self.events.border_title = "following" if self.events.is_anchored else "f to follow"
         self.charts.display = bool(self.training.latest)
         if self.outdated and (not reading or time.monotonic() > self.due):
@@ -2372,7 +2376,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     for sign in ENDING:  # until the app has a loop, which would swallow a Ctrl-C now and then
         signal.signal(sign, end_process)
-    with replay() if args.demo else contextlib.nullcontext(args.folder) as folder:
+    place = replay() if args.demo else contextlib.nullcontext(args.folder)
+    with place as folder:
         app = PlatypusApp(folder, args.reviewer)
         app.run()
     sys.exit(app.return_code)

@@ -1,6 +1,7 @@
 """Holds: every key does what it says; a verdict is on disk when its key returns; two reviewers see
 each other; text from files cannot act on the terminal; a log is followed whatever happens to it;
-every step's state is told by records and lock; nothing is cut at 80 x 24."""
+every step's state is told by records and lock, and the command after it is the one that the step
+itself prints; nothing is cut at 80 x 24."""
 
 import asyncio
 import contextlib
