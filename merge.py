@@ -97,7 +97,7 @@ COPIED = (  # files of the base that the merged folder needs, or has to carry al
     "NOTICE*",
     "USE_POLICY*",
 )
-# options that say where an adapter acts, which its tensors' names show too
+# options that say where an adapter acts, not how it is merged
 PLACES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 BY_MODULE = {  # kind: its options with which tests/test_merge.py has seen the bits of PEFT's merge
     "LORA": {
@@ -123,8 +123,8 @@ BY_MODULE = {  # kind: its options with which tests/test_merge.py has seen the b
     "MISS": {"r", "mini_r"},
     "VBLORA": {"r", "num_vectors", "vector_length", "topk", "fan_in_fan_out"},
 }
-SUMMABLE = {"LORA": BY_MODULE["LORA"] - {"use_dora"}}  # the merge of several adds their changes
-RANDOM_STARTS = ("pissa_niter", "corda", "lora_ga")  # rewrite the base by chance or by data
+SUMMABLE = {"LORA": BY_MODULE["LORA"] - {"use_dora"}}  # whose changes can be weighted and added
+RANDOM_STARTS = ("pissa_niter", "corda", "lora_ga")  # init_lora_weights: by chance or by data
 
 
 @dataclass
@@ -226,7 +226,7 @@ def open_adapters(args: argparse.Namespace) -> list[Adapter]:
     """Read the adapters' configurations, the names of their tensors, and their hashes."""
     adapters = []
     for number, (place, weight) in enumerate(args.adapter):
-        name = f"adapter-{number}"
+        name = f"adapter-{number}"  # make_plan() knows the adapters' parameters by it
         folder = Path(place)
         config, keys = read_adapter(folder)
         hashes = describe_files([folder / CONFIG, folder / ADAPTER])
@@ -251,7 +251,7 @@ def open_base(args: argparse.Namespace, adapter: Adapter) -> Base:
 def find_tensors(folder: Path) -> dict[str, Path]:
     """Map the tensors of a model folder to their files, those that transformers would load."""
     shards = [WHOLE]
-    if not (folder / WHOLE).exists() and (folder / INDEX).exists():
+    if not (folder / WHOLE).exists() and (folder / INDEX).exists():  # in that order of preference
         weight_map = read_value(folder / INDEX, "weight_map", dict)
         shards = sorted({str(shard) for shard in weight_map.values()})
 
@@ -301,6 +301,118 @@ def check_place(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -
         raise UserError(f"{args.out}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free")
 
 
+# --- where base, adapters and partner come from ---------------------------------------------------
+
+
+def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> Row:
+    """Check where base, adapters and partner come from; returns what card and run.json say of it.
+
+    Prints the warnings.
+    """
+    described = [describe_training(adapter) for adapter in adapters]
+    cautions = [check_fingerprint(args, base, adapter) for adapter in adapters]
+    cautions.append(check_partner(args))
+    weights = Counter()
+    for training in described:
+        weights[training["folder"]] += training["weight"]
+        rows = training.get("flagged_rows", "an unknown number of")
+        if rows:
+            fault = f"was trained on {rows} rows that are flagged as leaks"
+            cautions.append(f"{training['folder']} {fault}")
+    cautions = [caution for caution in cautions if caution]
+    for caution in cautions:
+        print(f"warning: {one_line(caution)}", file=sys.stderr)
+
+    former = read_value(base.folder / "run.json", "lineage", list)
+    lineage = [step for step in former if isinstance(step, dict)]
+    lineage.append({"base_model": args.base_model, "adapters": dict(weights)})
+    return {
+        "base_model": args.base_model,
+        "adapters": described,
+        "warnings": cautions,
+        "lineage": lineage,
+    }
+
+
+def check_fingerprint(args: argparse.Namespace, base: Base, adapter: Adapter) -> str:
+    """Compare the base with the one that an adapter was trained on; returns a warning, or nothing.
+
+    Refuses another base without --foreign-base.
+    """
+    path = adapter.folder / "base_fingerprint.json"
+    if not path.exists():
+        return f"no {path}: whether {base.folder} is the base it was trained on"
+    trained_on = read_json(path)
+    shown = one_line(adapter.folder)
+    if trained_on.get("load_in_4bit"):
+        print(f"{shown} was trained on NF4; the merge is into the 16-bit weights", file=sys.stderr)
+        print("to score it on NF4: python evaluate.py --load-in-4bit --adapter", file=sys.stderr)
+    found = base_fingerprint(base.folder)
+    differ = [part for part in found if trained_on.get(part) != found[part]]
+    if not differ:
+        print(f"{one_line(base.folder)} is the base of {shown}: fingerprints agree")
+        return ""
+
+    origin = trained_on.get("base_model") or adapter.config.get("base_model_name_or_path")
+    fault = f"{adapter.folder} was trained on {origin}; {base.folder} differs in its "
+    fault += " and ".join(differ)
+    if not args.foreign_base:
+        raise UserError(f"{fault}; if you mean it, add --foreign-base")
+    return fault
+
+
+def check_partner(args: argparse.Namespace) -> str:
+    """Keep the paper's rule: no merge with a model that was trained on benchmark questions.
+
+    Returns a warning, or nothing.
+    """
+    folder = args.partner_check
+    if not folder:
+        caution = "no --partner-check: the other model may know benchmark questions"
+        return caution if args.foreign_base else ""
+    check_input(folder / "pairs.jsonl", "python check_contamination.py writes it")
+    pairs = sum(len(pairs) for pairs in read_leaks(folder).values())
+    if not pairs:
+        return ""
+    fault = f"{folder}: {pairs} pairs are not decided not-a-leak"
+    if not args.allow_contaminated:
+        raise UserError(f"{fault}; see them with python tui.py {folder}")
+    return f"{fault}, and it was merged all the same"
+
+
+def read_leaks(folder: Path) -> dict[str, list[Row]]:
+    """Read a check's rows that may be leaks: {id: its pairs that nobody decided not-a-leak}."""
+    pairs = read_jsonl(folder / "pairs.jsonl", {"pair_id": str, "train_id": str})
+    return removed_ids(pairs, read_decisions(folder / DECISIONS))
+
+
+def describe_training(adapter: Adapter) -> Row:
+    """Collect what is known of an adapter: its hash, its data, their licences and leaks."""
+    described: Row = {"folder": str(adapter.folder), "weight": adapter.weight, "data": {}}
+    described["sha256"] = adapter.hashes[str(adapter.folder / ADAPTER)]["sha256"]
+    run = read_object(adapter.folder / "run.json")  # read_adapter() has refused a broken one
+    for name, recorded in run.get("inputs", {}).items():
+        data = Path(name)
+        if data.suffix not in (".json", ".jsonl"):  # no training data
+            continue
+        described["data"][name] = recorded
+        if data.is_file() and sha256_of(data) == recorded.get("sha256"):
+            described.update(describe_rows(data))
+    return described
+
+
+def describe_rows(data: Path) -> Row:
+    """Count the licences of a training set's rows, and the rows that are flagged as leaks."""
+    rows = read_jsonl(data, {})
+    described: Row = {}
+    described["licences"] = dict(Counter(str(row.get("licence", "unknown")) for row in rows))
+    if data.with_name("pairs.jsonl").exists():
+        leaks = read_leaks(data.parent)
+        described["flagged_rows"] = sum(row.get("id") in leaks for row in rows)
+        described["contamination"] = str(data.parent)
+    return described
+
+
 # --- which way adapters are merged ----------------------------------------------------------------
 
 
@@ -329,7 +441,7 @@ def choose_way(base: Base, adapters: list[Adapter]) -> Plan | None:
 def check_known(adapter: Adapter) -> None:
     """Refuse kinds and options that the installed PEFT does not know or that no merge gets right.
 
-    An option that it does not know PEFT would leave out.
+    PEFT itself leaves out options that it does not know, with a warning.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
 
@@ -375,7 +487,7 @@ def check_tested(adapter: Adapter, tested: dict[str, set[str]]) -> None:
     kind = adapter.config["peft_type"]
     if kind not in tested:
         raise NotByModule(f"{adapter.folder} has a peft_type of the kind {kind}")
-    of_all_kinds = {field.name for field in dataclasses.fields(PeftConfig)}  # name, version, base
+    of_all_kinds = {field.name for field in dataclasses.fields(PeftConfig)}  # version, base…
     harmless = tested[kind] | PLACES | of_all_kinds
     defaults = vars(PEFT_TYPE_TO_CONFIG_MAPPING[kind]())
     for option, value in adapter.config.items():
@@ -404,7 +516,7 @@ def make_plan(base: Base, adapters: list[Adapter]) -> Plan:
     # PEFT would move an adapter to the device of its base, which is meta and holds no numbers
     with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"):
         model = wrap(model, adapters, base)
-    model.base_model.set_adapter([adapter.name for adapter in adapters])  # to be merged
+    model.base_model.set_adapter([adapter.name for adapter in adapters])  # merge() takes these
     for name, parameter in model.named_parameters():
         of_adapter = ".adapter-" in name
         if of_adapter == parameter.is_meta:
@@ -536,6 +648,22 @@ def check_keys(model: "PeftModel", adapter: Adapter) -> None:
 
 
 # --- merging --------------------------------------------------------------------------------------
+
+
+def start_folder(base: Base, out: Path) -> set[Path]:
+    """Remove shards of a merge that broke off; copy the base's tokenizer, licences and config.
+
+    Returns the copies.
+    """
+    for left in out.glob("model*.safetensors*"):  # transformers would load the wrong ones
+        left.unlink()
+    copies = set()
+    for pattern in COPIED:
+        for path in sorted(base.folder.glob(pattern)):
+            if path.is_file():
+                write_file(out / path.name, path.read_bytes())
+                copies.add(out / path.name)
+    return copies
 
 
 def merge_by_module(plan: Plan, out: Path) -> list[Path]:
@@ -702,7 +830,7 @@ def norm_table(base: Base, out: Path) -> list[str]:
         weights = read_tensor(base.files, name).float()
         change = read_tensor(files, name).float() - weights
         if change.any():
-            number = re.search(r"\.(\d+)\.", name)
+            number = re.search(r"\.(\d+)\.", name)  # model.layers.12.mlp.up_proj.weight
             layer = f"layer {number[1]}" if number else name
             squares[layer]["weights"] += torch.sum(weights**2).item()
             squares[layer]["change"] += torch.sum(change**2).item()
@@ -730,7 +858,8 @@ def check_logits(base: Base, adapter: Adapter, out: Path) -> dict[str, float]:
     with torch.no_grad():
         options = {"dtype": torch.float32, "trust_remote_code": False}
         model = AutoModelForCausalLM.from_pretrained(base.folder, **options)
-        ids = torch.arange(16)[None] % model.get_input_embeddings().num_embeddings
+        vocabulary = model.get_input_embeddings().num_embeddings
+        ids = torch.arange(16)[None] % vocabulary  # any tokens do
         of_base = model(ids).logits
         of_both = PeftModel.from_pretrained(model, adapter.folder)(ids).logits
         del model  # before the next one is loaded
@@ -749,135 +878,7 @@ def check_logits(base: Base, adapter: Adapter, out: Path) -> dict[str, float]:
     return found
 
 
-# --- where base, adapters and partner come from ---------------------------------------------------
-
-
-def check_fingerprint(args: argparse.Namespace, base: Base, adapter: Adapter) -> str:
-    """Compare the base with the one that an adapter was trained on; returns a warning, or nothing.
-
-    Refuses another base without --foreign-base.
-    """
-    path = adapter.folder / "base_fingerprint.json"
-    if not path.exists():
-        return f"no {path}: whether {base.folder} is the base it was trained on"
-    trained_on = read_json(path)
-    shown = one_line(adapter.folder)
-    if trained_on.get("load_in_4bit"):
-        print(f"{shown} was trained on NF4; the merge is into the 16-bit weights", file=sys.stderr)
-        print("to score it on NF4: python evaluate.py --load-in-4bit --adapter", file=sys.stderr)
-    found = base_fingerprint(base.folder)
-    differ = [part for part in found if trained_on.get(part) != found[part]]
-    if not differ:
-        print(f"{one_line(base.folder)} is the base of {shown}: fingerprints agree")
-        return ""
-
-    origin = trained_on.get("base_model") or adapter.config.get("base_model_name_or_path")
-    fault = f"{adapter.folder} was trained on {origin}; {base.folder} differs in its "
-    fault += " and ".join(differ)
-    if not args.foreign_base:
-        raise UserError(f"{fault}; if you mean it, add --foreign-base")
-    return fault
-
-
-def check_partner(args: argparse.Namespace) -> str:
-    """Keep the paper's rule: no merge with a model that was trained on benchmark questions.
-
-    Returns a warning, or nothing.
-    """
-    folder = args.partner_check
-    if not folder:
-        caution = "no --partner-check: the other model may know benchmark questions"
-        return caution if args.foreign_base else ""
-    check_input(folder / "pairs.jsonl", "python check_contamination.py writes it")
-    pairs = sum(len(pairs) for pairs in read_leaks(folder).values())
-    if not pairs:
-        return ""
-    fault = f"{folder}: {pairs} pairs are not decided not-a-leak"
-    if not args.allow_contaminated:
-        raise UserError(f"{fault}; see them with python tui.py {folder}")
-    return f"{fault}, and it was merged all the same"
-
-
-def read_leaks(folder: Path) -> dict[str, list[Row]]:
-    """Read a check's rows that may be leaks: {id: its pairs that nobody decided not-a-leak}."""
-    pairs = read_jsonl(folder / "pairs.jsonl", {"pair_id": str, "train_id": str})
-    return removed_ids(pairs, read_decisions(folder / DECISIONS))
-
-
-def describe_training(adapter: Adapter) -> Row:
-    """Collect what is known of an adapter: its hash, its data, their licences and leaks."""
-    described: Row = {"folder": str(adapter.folder), "weight": adapter.weight, "data": {}}
-    described["sha256"] = adapter.hashes[str(adapter.folder / ADAPTER)]["sha256"]
-    run = read_object(adapter.folder / "run.json")  # read_adapter() has refused a broken one
-    for name, recorded in run.get("inputs", {}).items():
-        data = Path(name)
-        if data.suffix not in (".json", ".jsonl"):
-            continue
-        described["data"][name] = recorded
-        if data.is_file() and sha256_of(data) == recorded.get("sha256"):
-            described.update(describe_rows(data))
-    return described
-
-
-def describe_rows(data: Path) -> Row:
-    """Count the licences of a training set's rows, and the rows that are flagged as leaks."""
-    rows = read_jsonl(data, {})
-    described: Row = {}
-    described["licences"] = dict(Counter(str(row.get("licence", "unknown")) for row in rows))
-    if data.with_name("pairs.jsonl").exists():
-        leaks = read_leaks(data.parent)
-        described["flagged_rows"] = sum(row.get("id") in leaks for row in rows)
-        described["contamination"] = str(data.parent)
-    return described
-
-
-def describe_merge(args: argparse.Namespace, base: Base, adapters: list[Adapter]) -> Row:
-    """Check where base, adapters and partner come from; returns what card and run.json say of it.
-
-    Prints the warnings.
-    """
-    described = [describe_training(adapter) for adapter in adapters]
-    cautions = [check_fingerprint(args, base, adapter) for adapter in adapters]
-    cautions.append(check_partner(args))
-    weights = Counter()
-    for training in described:
-        weights[training["folder"]] += training["weight"]
-        rows = training.get("flagged_rows", "an unknown number of")
-        if rows:
-            fault = f"was trained on {rows} rows that are flagged as leaks"
-            cautions.append(f"{training['folder']} {fault}")
-    cautions = [caution for caution in cautions if caution]
-    for caution in cautions:
-        print(f"warning: {one_line(caution)}", file=sys.stderr)
-
-    former = read_value(base.folder / "run.json", "lineage", list)
-    lineage = [step for step in former if isinstance(step, dict)]
-    lineage.append({"base_model": args.base_model, "adapters": dict(weights)})
-    return {
-        "base_model": args.base_model,
-        "adapters": described,
-        "warnings": cautions,
-        "lineage": lineage,
-    }
-
-
-# --- the folder -----------------------------------------------------------------------------------
-
-
-def start_folder(base: Base, out: Path) -> set[Path]:
-    """Remove shards of a merge that broke off; copy the base's tokenizer, licences and config.
-
-    Returns the copies.
-    """
-    for left in out.glob("model*.safetensors*"):  # transformers would load the wrong ones
-        left.unlink()
-    copies = set()
-    for pattern in COPIED:
-        for path in sorted(base.folder.glob(pattern)):
-            if path.is_file():
-                write_file(out / path.name, path.read_bytes())
-                copies.add(out / path.name)
-    return copies
+# --- what was done --------------------------------------------------------------------------------
 
 
 def write_card(base: Base, record: Row, out: Path) -> Path:
