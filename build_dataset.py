@@ -476,7 +476,10 @@ def to_row(raw: Any, source: Source, convert: Converter, args: argparse.Namespac
     """Convert one raw row. Raises Dropped where it is no training row."""
     if not isinstance(raw, dict):
         raise Dropped("invalid", f"a {type(raw).__name__}, not an object")
-    splits = [raw.get("split"), raw.get("math_split")]  # ScienceQA's, and that of recovered PRM800K rows
+    splits = [
+        raw.get("split"),
+        raw.get("math_split"),
+    ]  # ScienceQA's, and that of recovered PRM800K rows
     if not args.include_test_splits and ("test" in splits or "val" in splits):
         raise Dropped("split")
     if args.exclude_generated and source.generated:
