@@ -1,6 +1,6 @@
 """Find training questions that leak benchmark questions, and write the set without them.
 
-Step 2 of 5 (paper, section 2.3). Reads out/dataset/dataset.jsonl and the benchmarks' test
+Step 2 of 5 (section 2.3 of the Platypus paper). Reads out/dataset/dataset.jsonl and the benchmarks' test
 questions (--local DIR/<benchmark>/ or the hub); writes out/contamination/: pairs.jsonl, run.json,
 and by `apply`: clean.jsonl, removed.jsonl, table.md, apply.json.
 
@@ -80,18 +80,19 @@ HUB = {  # id, configuration, few-shot split, scored split: as in the harness's 
     "mmlu": ("cais/mmlu", "all", "dev", "test"),
     "truthfulqa": ("truthfulqa/truthful_qa", "multiple_choice", None, "validation"),
 }
-HELLASWAG_SHOTS = 300  # first rows of its official layout, which are few-shot examples
+HELLASWAG_SHOTS = 300  # first rows of a local file, taken for few-shot examples in place of train
 PAIR_FIELDS = dict.fromkeys(  # what `apply` needs of a line of pairs.jsonl, all text
     ("pair_id", "train_id", "source", "benchmark", "subject", "test_id"), str
 )
-# Table 1: leaked questions per source, the rest 0; the questions of PRM800K are MATH's.
+# Table 1: leaked questions per source, the rest 0. PRM800K's questions are MATH's: one line there.
 PAPER_LEAKS = {"prm800k": 77, "math": 77, "airoboros": 13, "guanaco": 13, "openbookqa": 6}
 
 # Detection: measured by benchmarks/contamination_quality.py
 CANDIDATE = 0.6  # from this cosine up the words of two texts may confirm that they are one question
-CONFIRMED = 1.0  # cosine + share of the words in both, where they have numbers in common
-CONFIRMED_WORDS = 1.2  # the same where they have none
-GENERIC = 1.1  # unique words' worth that parts must share; "which of the following is true" has .8
+CONFIRMED = 1.0  # cosine + agreement of the words (Rarity.confirms), with numbers in common
+CONFIRMED_WORDS = 1.2  # the same without numbers in common
+GENERIC = 1.1  # least information of shared words, by Rarity.of(), where a word that one text has
+# counts 1; that of "which of the following is true" is .8
 WITH_CHOICES = "question with choices"
 WHOLE_VIEWS = ("question", "instruction", WITH_CHOICES)  # the other views are parts
 
@@ -105,12 +106,13 @@ SAME_ANSWER = 0.75  # cosine of two answers from which they say the same
 NEARLY_ALL = 0.85  # share of the words in the same order, of nearly the same questions
 HALF = 0.5  # the same share, of questions that are alike
 REPLACED = GENERIC / 4  # unique words' worth in each of two texts that makes them two questions
-BRIEF = 5  # words of an answer that is no solution
+BRIEF = 5  # an answer of at most so many words is a result; a longer one a worked solution
 LONGEST = 1000  # words of a text in which differences are looked for
 NEGATIONS = ("no", "not", "never", "except", "without", "least", "cannot", "false", "incorrect")
 
 # The parts of a training row
 LETTERED = re.compile(r"\n\s*\(?A[:.)]\s")  # where a question's lettered choices begin
+# An answer that is a letter: "B", "(B) wood", "The answer is B: wood".
 LETTER = re.compile(r"(?:the answer is:?\s*)?\(?([A-Z])(?:[:.)]\s*(.*))?", re.IGNORECASE)
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # how MATH marks an answer
 FINAL = re.compile(r"####\s*(.+)")  # and how GSM8K does
@@ -119,7 +121,9 @@ FINAL = re.compile(r"####\s*(.+)")  # and how GSM8K does
 GLYPH = r"[^\W\d_]"  # a letter of any alphabet
 DASHES = str.maketrans("\u2212\u2013\u2014\u2019", "---'")  # minus, en and em dash; apostrophe
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?:\\!)?(?=\d{3}(?!\d))")  # 1,000 and 1{,}000
-FRAME = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}|&|(?s:\[asy\].*?\[/asy\])")  # and diagrams' code
+FRAME = re.compile(
+    r"\\(?:begin|end)\{[a-z]+\*?\}|&|(?s:\[asy\].*?\[/asy\])"
+)  # LaTeX's tables, diagrams
 LAYOUT = re.compile(r"\\(?:left|right|displaystyle|math\w\w|text\w*|[ !,;:])(?![a-z])")
 FRACTION = re.compile(r"\\[dt]?frac\{(\w+)\}\{(\w+)\}")
 GREEK = re.compile(rf"(?<!{GLYPH})[α-ω](?!{GLYPH})")  # one that stands alone, as in a formula
@@ -152,13 +156,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--extra-benchmark", action="append", default=[], metavar="NAME=FILE", help=text)
     text = "another training set, in instruction, input, output: find what both have"
     add("--against", type=Path, metavar="FILE", help=text)
-    text = "verdicts that go (%(default)s)"
+    text = "verdicts whose rows are removed (%(default)s)"
     add("--remove", default=",".join(REMOVED), metavar="a,b", help=text)
 
     add = parser.add_argument_group("detection").add_argument
     add("--cosine-threshold", type=float, default=COSINE_THRESHOLD, help="paper: %(default)s")
     add("--embedding-model", default=EMBEDDING_MODEL, help="default and paper: %(default)s")
-    text = "compare test questions with their lettered choices, as published (default: without)"
+    text = "find pairs as published: one cosine, lettered choices appended, no other detector"
     add("--paper", action=argparse.BooleanOptionalAction, default=False, help=text)
     add("--cache", type=Path, default=CACHE, help="of embeddings (default: %(default)s)")
 
@@ -238,8 +242,8 @@ def load_benchmark(name: str, local: Path | None, official: bool = False) -> lis
     """Load the few-shot and scored rows of a benchmark in the hub's columns, by subject.
 
     local: read DIR/<name>/ where it is a folder, else the hub. official: HellaSwag from its
-    official layout, which evaluation needs, even where the whole validation split is there as plain
-    text. Raises UserError for a missing file or column.
+    official layout, whose ctx_a and ctx_b the harness's prompts are made of, even where the whole
+    validation split is there as plain text. Raises UserError for a missing file or column.
     """
     if local and (local / name).is_dir():
         return LOCAL[name](local / name, official)
@@ -255,7 +259,7 @@ def load_benchmark(name: str, local: Path | None, official: bool = False) -> lis
 
 
 def load_hub_splits(name: str, local: Path | None) -> dict[str, Iterable[Row]]:
-    """Load a benchmark from the hub: {split: rows}. local: of --local, where it is not."""
+    """Load a benchmark from the hub: {split: rows}. `local` has no folder of it."""
     from datasets import load_dataset
 
     path, config, _, _ = HUB[name]
@@ -297,7 +301,7 @@ def local_hellaswag(folder: Path, official: bool) -> list[Subject]:
     """Read the whole validation split as plain text if there, else the official layout's end.
 
     Where both are there, each row of the official layout gets "test_row": its place in the plain
-    text, which numbers the questions in pairs.jsonl; -1 where it is not in it.
+    text, by which evaluate.py finds the flagged questions again; -1 where it is not in it.
     """
     plain_file = folder / "hellaswag_val.jsonl"
     fields = {"ctx": str, "endings": list, "label": int}
@@ -401,7 +405,7 @@ def choices_and_answer(benchmark: str, row: Row) -> tuple[list[str], str]:
         targets = row["mc1_targets"]
         return targets["choices"], targets["choices"][targets["labels"].index(1)]
 
-    # HellaSwag and MMLU have the right choice's index, --extra-benchmark that or its text.
+    # HellaSwag and MMLU name the right choice by its index, an --extra-benchmark so or by its text.
     choices = row.get("endings", row.get("choices")) or []
     answer = row["label"] if "label" in row else row["answer"]
     if choices and answer not in choices and str(answer).isdigit():
@@ -586,17 +590,17 @@ def contained(needles: list[str], haystacks: list[str]) -> Iterator[tuple[str, s
 
 
 class View(NamedTuple):
-    """That a text is a view of a row or question."""
+    """What a text is a view of."""
 
-    place: int  # of the row or question, from 0
-    name: str  # of the view
+    place: int  # of the row or question in its list, from 0
+    name: str  # "question", "stem", "window", ...
 
 
 Views = dict[str, list[View]]  # a text -> what it is a view of
 
 
 def bare_of(row: Row) -> str:
-    """Return a training question without its lettered choices."""
+    """Return a row's instruction without its lettered choices."""
     return LETTERED.split(row["instruction"], maxsplit=1)[0].strip()
 
 
@@ -607,7 +611,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def row_views(row: Row) -> dict[str, str]:
-    """Return {text: name} of a training row's views; of equal texts the last, most whole name."""
+    """Return {text: name} of a training row's views, from parts to the whole: equal texts keep the last name."""
     bare = bare_of(row)
     lines = lines_of(bare)
     views = {}
@@ -620,7 +624,7 @@ def row_views(row: Row) -> dict[str, str]:
 
 
 def question_views(question: Question) -> dict[str, str]:
-    """Return {text: name} of a test question's views; of equal texts the last, most whole name."""
+    """Return {text: name} of a test question's views, from parts to the whole: equal texts keep the last name."""
     views = {}
     views[lines_of(question.text)[-1]] = "stem"
     views[lettered(question.text, question.choices)] = WITH_CHOICES
@@ -740,6 +744,7 @@ def is_enough(evidence: Evidence, generic: bool) -> bool:
 
     generic: the two texts share no more than a generic stem.
     """
+    # A generic text stands word for word in many others; alike as wholes, two such texts are a pair.
     if generic and (evidence.detector == "verbatim" or not evidence.whole):
         return False
     if evidence.detector != "cosine and words" or evidence.whole:
@@ -758,7 +763,7 @@ def is_better(new: Evidence, old: Evidence) -> bool:
         return new.cosine > old.cosine
     if new.whole != old.whole:
         return new.whole
-    return new.view > old.view  # any order will do, but for that in which they were found
+    return new.view > old.view  # so that the order in which they were found decides nothing
 
 
 def best_evidence(
@@ -1084,12 +1089,13 @@ def difference(a: str, b: str) -> str:
 def classify(pair: Comparison) -> tuple[str, str]:
     """Return the class that a pair seems to have, and why: what differs between the questions.
 
-    Calculations (numbers on both sides) differ by numbers and answers; else one fact asked in other
-    words is a gray area, and a question with another answer similar but different.
+    First by words: equal, nearly equal, or with other numbers. Of the rest, two calculations are
+    told apart by wording and answers, two statements by the fact that question and answer state.
     """
     if pair.same_words:
-        whole = not pair.has_choices and not pair.generic  # no choices could tell them apart
-        if pair.numeric or pair.answers.same or whole:
+        # A general stem may have other choices: then equal words are not yet one question.
+        no_other_choices = not pair.has_choices and not pair.generic
+        if pair.numeric or pair.answers.same or no_other_choices:
             return "duplicate", pair.difference
     else:
         found = classify_by_words(pair)
@@ -1123,7 +1129,7 @@ def classify_by_words(pair: Comparison) -> tuple[str, str] | None:
 
 
 def classify_calculation(pair: Comparison) -> tuple[str, str]:
-    """Return the class, and why, of two questions with numbers."""
+    """Return the class, and why, of two questions with numbers that are not different ones."""
     wording = pair.cosines.wording
     if wording < WORDING and pair.order < HALF:
         return "not-a-leak", f"same subject, another calculation; {pair.difference}"
@@ -1237,7 +1243,7 @@ def apply(args: argparse.Namespace, started: float) -> str:
     """
     checked = read_checked(args.out)
     log = args.out / DECISIONS
-    # Before the log is read, so that a verdict given meanwhile counts as newer than apply.json.
+    # Hashed before it is read: finetune.py and tui.py take a verdict given meanwhile as newer.
     digest = sha256_of(log) if log.exists() else None
     decisions = read_decisions(log)
 
@@ -1279,8 +1285,9 @@ def read_checked(out: Path) -> Checked:
     """Read what `check` wrote, and the data set that it checked, which must be unchanged."""
     run_file = out / "run.json"
     run = read_run(run_file)
-    dataset = Path(str(run["settings"].get("dataset", "the data set that run.json names")))
-    check_input(dataset, "the data set that was checked")
+    if "dataset" not in run["settings"]:
+        raise UserError(f"{run_file} does not name the data set that was checked: check it again")
+    dataset = check_input(Path(str(run["settings"]["dataset"])), "the data set that was checked")
     pairs_file = check_listed(out / "pairs.jsonl")
 
     inputs = describe_files([dataset, pairs_file, run_file])

@@ -200,7 +200,7 @@ def test_what_apply_reads(decided, monkeypatch, file: str) -> None:
         check_contamination.main(["apply", "--out", str(decided)])
 
     # a folder whose run.json says nothing is of another origin; a data set may have another hash
-    places = [str(decided), "since it was checked", "the data set that"]
+    places = [str(decided), "since it was checked", "the data set that was checked"]
     seen = fuzz(decided / file, read, 3, *places)
     usual = "read" if file == "decisions.jsonl" else "refused"
     assert seen[usual] > TRIALS / 2
