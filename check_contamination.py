@@ -1,8 +1,8 @@
 """Find training questions that leak benchmark questions, and write the set without them.
 
-Step 2 of 5 (section 2.3 of the Platypus paper). Reads out/dataset/dataset.jsonl and the benchmarks' test
-questions (--local DIR/<benchmark>/ or the hub); writes out/contamination/: pairs.jsonl, run.json,
-and by `apply`: clean.jsonl, removed.jsonl, table.md, apply.json.
+Step 2 of 5 (section 2.3 of the Platypus paper). Reads out/dataset/dataset.jsonl and the benchmarks'
+test questions (--local DIR/<benchmark>/ or the hub); writes out/contamination/: pairs.jsonl,
+run.json, and by `apply`: clean.jsonl, removed.jsonl, table.md, apply.json.
 
     python check_contamination.py --dataset out/try/dataset.jsonl --local demo/data --out out/check
     python check_contamination.py
@@ -611,7 +611,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def row_views(row: Row) -> dict[str, str]:
-    """Return {text: name} of a training row's views, from parts to the whole: equal texts keep the last name."""
+    """Return {text: name} of a training row's views; equal texts keep the most whole name."""
     bare = bare_of(row)
     lines = lines_of(bare)
     views = {}
@@ -624,7 +624,7 @@ def row_views(row: Row) -> dict[str, str]:
 
 
 def question_views(question: Question) -> dict[str, str]:
-    """Return {text: name} of a test question's views, from parts to the whole: equal texts keep the last name."""
+    """Return {text: name} of a test question's views; equal texts keep the most whole name."""
     views = {}
     views[lines_of(question.text)[-1]] = "stem"
     views[lettered(question.text, question.choices)] = WITH_CHOICES
@@ -744,7 +744,7 @@ def is_enough(evidence: Evidence, generic: bool) -> bool:
 
     generic: the two texts share no more than a generic stem.
     """
-    # A generic text stands word for word in many others; alike as wholes, two such texts are a pair.
+    # A generic text stands in many others word for word; alike as wholes, two of them are a pair.
     if generic and (evidence.detector == "verbatim" or not evidence.whole):
         return False
     if evidence.detector != "cosine and words" or evidence.whole:
