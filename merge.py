@@ -341,7 +341,7 @@ def check_fingerprint(args: argparse.Namespace, base: Base, adapter: Adapter) ->
     """
     path = adapter.folder / "base_fingerprint.json"
     if not path.exists():
-        return f"no {path}: whether {base.folder} is the base it was trained on"
+        return f"no {path}: {base.folder} may not be the base that the adapter was trained on"
     trained_on = read_json(path)
     shown = one_line(adapter.folder)
     if trained_on.get("load_in_4bit"):
@@ -354,11 +354,11 @@ def check_fingerprint(args: argparse.Namespace, base: Base, adapter: Adapter) ->
         return ""
 
     origin = trained_on.get("base_model") or adapter.config.get("base_model_name_or_path")
-    fault = f"{adapter.folder} was trained on {origin}; {base.folder} differs in its "
-    fault += " and ".join(differ)
+    parts = " and ".join(differ)
+    difference = f"{adapter.folder} was trained on {origin}; {base.folder} differs in its {parts}"
     if not args.foreign_base:
-        raise UserError(f"{fault}; if you mean it, add --foreign-base")
-    return fault
+        raise UserError(f"{difference}; if you mean it, add --foreign-base")
+    return difference
 
 
 def check_partner(args: argparse.Namespace) -> str:
@@ -371,10 +371,10 @@ def check_partner(args: argparse.Namespace) -> str:
         caution = "no --partner-check: the other model may know benchmark questions"
         return caution if args.foreign_base else ""
     check_input(folder / "pairs.jsonl", "python check_contamination.py writes it")
-    pairs = sum(len(pairs) for pairs in read_leaks(folder).values())
-    if not pairs:
+    count = sum(len(pairs) for pairs in read_leaks(folder).values())
+    if not count:
         return ""
-    fault = f"{folder}: {pairs} pairs are not decided not-a-leak"
+    fault = f"{folder}: {count} pairs are not decided not-a-leak"
     if not args.allow_contaminated:
         raise UserError(f"{fault}; see them with python tui.py {folder}")
     return f"{fault}, and it was merged all the same"
@@ -517,7 +517,7 @@ def make_plan(base: Base, adapters: list[Adapter]) -> Plan:
     with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"):
         model = wrap(model, adapters, base)
     model.base_model.set_adapter([adapter.name for adapter in adapters])  # merge() takes these
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():  # the adapters' have numbers, no others
         of_adapter = ".adapter-" in name
         if of_adapter == parameter.is_meta:
             where = "is not" if of_adapter else "is"
@@ -599,11 +599,12 @@ def match_names(model: "PreTrainedModel", base: Base) -> dict[str, str]:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     known = model.state_dict()
-    prefix = model.base_model_prefix  # GPT-2's own checkpoint lacks it
+    # GPT-2's own checkpoint lacks the prefix
+    options = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": known}
 
     names = {}
     for name in base.files:
-        parameter, converter = rename_source_key(name, renamings, converters, prefix, known)
+        parameter, converter = rename_source_key(name, renamings, converters, **options)
         if parameter in known and converter is None:
             names[parameter] = name
     for pair in model.all_tied_weights_keys.items():  # such as head and embedding
