@@ -737,7 +737,7 @@ def head_parts(pair: Row, line: Row) -> Parts:
 
 
 def side_parts(title: str, origin: str, question: Parts, answer: str) -> Parts:
-    """Show one of the two texts of a pair."""
+    """Show one side of a pair: its question, marked, and its answer."""
     parts = [(title, "bold reverse"), (f" {one_line(origin)}\n", DIM)]
     parts += question
     parts += [("\n\nANSWER ", "bold"), (printable(answer), "")]
@@ -947,11 +947,12 @@ def run_parts(log: RunLog) -> Parts:
         "GPU %": short(row.get("gpu_util")),
     }
     parts = []
+    gap = ""
     for line in (progress, learning, machine):
-        if parts:
-            parts.append(("\n", ""))
         for name, value in line.items():
-            parts += [(f"{name} ", DIM), (f"{value}  ", "bold")]
+            parts += [(f"{gap}{name} ", DIM), (value, "bold")]
+            gap = "  "
+        gap = "\n"
     return parts
 
 
@@ -1357,10 +1358,12 @@ def renewed_input(path: Path, places: dict[str, Path], known: dict[Path, StepSta
 
 def verdicts_are_newer(path: Path) -> bool:
     """Tell whether a folder of step 2 has verdicts that its clean set was not made with."""
+    applied = read_object(path / "apply.json")
+    if "decisions_sha256" not in applied:  # no folder of step 2, or an edited one
+        return False
     log = path / DECISIONS
     now = sha256_of(log) if log.exists() else None
-    applied = read_object(path / "apply.json")
-    return applied.get("decisions_sha256", now) != now
+    return applied["decisions_sha256"] != now
 
 
 def lineage(folder: Path) -> list[StepState]:
