@@ -35,7 +35,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from check_contamination import Subject, load_benchmark, local_inputs
 from common import (
@@ -181,7 +181,7 @@ def base_and_merged() -> list[str]:
 class Process:
     """This process among those that torchrun started; without it the only one."""
 
-    rank: int  # of the first one, which writes the results, 0
+    rank: int  # 0 is the first one's, which writes the results
     world_size: int
     device: str
 
@@ -213,7 +213,7 @@ class Task:
 
     name: str  # the harness's
     prefix: str  # of its questions' test ids: benchmark/subject
-    harness: "ConfigurableTask"
+    harness: Any  # lm_eval's ConfigurableTask
     files: list[str] = field(default_factory=list)  # data of a --task's YAML
 
     @property
@@ -572,7 +572,7 @@ def plan_chunks(requests: list["Request"]) -> list[Chunk]:
 class Progress:
     """Tokens done, their rate and the time left: a bar on a terminal, else a line every 10 s."""
 
-    def __init__(self, label: str, tokens: int, questions: float, quiet: bool) -> None:
+    def __init__(self, label: str, tokens: int, questions: int, quiet: bool) -> None:
         from tqdm import tqdm
 
         self.label = label
@@ -664,7 +664,7 @@ class ChunkStore:
         return self.folder / f"{digest.hexdigest()}.json"
 
     def read(self, chunk: Chunk) -> list[tuple[float, bool]] | None:
-        """Read the scores of a finished chunk; None where its file is missing or is none."""
+        """Read the scores of a finished chunk; None where its file is missing or damaged."""
         try:
             lines = json.loads(self.file_of(chunk).read_bytes())
             scores = [(float(value), bool(greedy)) for value, greedy in lines]
@@ -708,7 +708,7 @@ class TaskResult:
     model: str
     sha256: str  # the model's
     task: str
-    prefix: str
+    prefix: str  # of Task
     limit: int | None
     benchmark_seconds: float  # of all tasks of its benchmark
     prompts_sha256: str  # of what the model was asked
@@ -754,7 +754,10 @@ def score_models(
 
 
 def score_tasks(lm: "PrefixLM", tasks: list[Task], args: argparse.Namespace) -> list[TaskResult]:
-    """Score a model on all tasks; the first process writes a benchmark's files when it is whole."""
+    """Score a model on all tasks; write a benchmark's files when it is whole.
+
+    Of several processes the first one writes and speaks, the others are quiet.
+    """
     groups = defaultdict(list)
     for task in tasks:
         groups[task.benchmark].append(task)
@@ -1166,6 +1169,9 @@ def compare(scores: dict[str, Scores], model: str, task: str, flagged: set[str] 
     base_score = task_score(task, before)
     score = task_score(task, after)
     points = score - base_score
+    percent = None
+    if base_score >= TINY:
+        percent = 100 * points / base_score
     row = Change(
         model=model,
         base=base,
@@ -1175,7 +1181,7 @@ def compare(scores: dict[str, Scores], model: str, task: str, flagged: set[str] 
         base_score=base_score,
         score=score,
         points=points,
-        percent=100 * points / base_score if base_score >= TINY else None,
+        percent=percent,
         interval=bootstrap(gains),
     )
     if task != AVERAGE:
@@ -1374,9 +1380,8 @@ def score_table(results: Evaluation, part: str) -> list[str]:
             continue
         wholes = [summary[task] for summary in results.parts[ALL].values()]
         name = f"{task} (partial)" if info.partial else task
-        for metric in sorted(summaries[0], key=lambda metric: metric != info.metric):
-            if metric in ("questions", "tasks"):
-                continue
+        metrics = [key for key in summaries[0] if key not in ("questions", "tasks")]
+        for metric in sorted(metrics, key=lambda metric: metric != info.metric):
             cells = []
             for summary, whole in zip(summaries, wholes, strict=True):
                 cell = f"{summary[metric]:.2f}"
@@ -1406,12 +1411,11 @@ def change_tables(results: Evaluation, paper: bool) -> list[str]:
     subjects = []
     for task in dict.fromkeys([*results.tasks, *published]):
         changes = change_cells(results, task) + published.get(task, [])
-        missing = len(columns) - len(changes)
-        row = [task.removeprefix("mmlu/"), *changes, *["-"] * missing]
+        changes += ["-"] * (len(columns) - len(changes))  # the paper has no such task
         if "/" in task:
-            subjects.append(row)
+            subjects.append([task.removeprefix("mmlu/"), *changes])
         else:
-            benchmarks.append(row)
+            benchmarks.append([task, *changes])
 
     blocks = []
     for number, rows in ((5, benchmarks), (7, subjects)):

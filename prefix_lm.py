@@ -521,7 +521,8 @@ class PrefixLM(HFLM):
         """Score (key, context ids, answer ids), in any order."""
         made = []
         for number, (_, context, answer) in enumerate(requests):
-            task, question = "a rolling request", number
+            task = "a rolling request"
+            question = number
             if self.asked:
                 task = self.asked[number].task_name
                 question = self.asked[number].doc_id
