@@ -590,13 +590,13 @@ def contained(needles: list[str], haystacks: list[str]) -> Iterator[tuple[str, s
 
 
 class View(NamedTuple):
-    """What a text is a view of."""
+    """A row or question that has a text among its views."""
 
-    place: int  # of the row or question in its list, from 0
-    name: str  # "question", "stem", "window", ...
+    place: int  # of the row or question in its list
+    name: str  # of the view
 
 
-Views = dict[str, list[View]]  # a text -> what it is a view of
+Views = dict[str, list[View]]  # a text -> those that have it
 
 
 def bare_of(row: Row) -> str:
@@ -611,7 +611,10 @@ def lines_of(text: str) -> list[str]:
 
 
 def row_views(row: Row) -> dict[str, str]:
-    """Return {text: name} of a training row's views; equal texts keep the most whole name."""
+    """Return {text: name} of a training row's views; of equal texts the last, most whole name.
+
+    A question may stand below a passage ("stem"), or before one ("opening").
+    """
     bare = bare_of(row)
     lines = lines_of(bare)
     views = {}
@@ -633,7 +636,7 @@ def question_views(question: Question) -> dict[str, str]:
 
 
 def gather(named_texts: Iterable[dict[str, str]]) -> Views:
-    """Return which rows or questions have each text as a view: given the {text: name} of each."""
+    """Return which rows or questions have a text, from the {text: name} of each one's views."""
     views: Views = {}
     for place, names in enumerate(named_texts):
         for text, name in names.items():
@@ -648,9 +651,9 @@ def add_windows(views: Views, embedder: Embedder) -> None:
     for text, windows in zip(texts, embedder.windows(texts), strict=True):
         if len(windows) == 1:
             continue
+        owners = [View(view.place, "window") for view in views[text]]
         for window in windows:
-            for view in views[text]:
-                views.setdefault(window, []).append(View(view.place, "window"))
+            views.setdefault(window, []).extend(owners)
 
 
 def texts_called(views: Views, names: Collection[str]) -> list[str]:
@@ -709,14 +712,15 @@ def detections(
     test_vectors = embedder(test_texts)
     for rows, tests, cosines in similar_pairs(row_vectors, test_vectors, lowest):
         for row, test, cosine in zip(rows.tolist(), tests.tolist(), cosines.tolist(), strict=True):
-            yield Detection(row_texts[row], test_texts[test], cosine, verbatim=False)
+            yield Detection(row_texts[row], test_texts[test], cosine=cosine, verbatim=False)
 
     row_places = {text: place for place, text in enumerate(row_texts)}
     test_places = {text: place for place, text in enumerate(test_texts)}
     for row_text, test_text in verbatim_texts(ours, theirs):
         row_vector = row_vectors[row_places[row_text]]
         test_vector = test_vectors[test_places[test_text]]
-        yield Detection(row_text, test_text, float(row_vector @ test_vector), verbatim=True)
+        cosine = float(row_vector @ test_vector)
+        yield Detection(row_text, test_text, cosine=cosine, verbatim=True)
 
 
 def verbatim_texts(ours: Views, theirs: Views) -> Iterator[tuple[str, str]]:
@@ -763,7 +767,7 @@ def is_better(new: Evidence, old: Evidence) -> bool:
         return new.cosine > old.cosine
     if new.whole != old.whole:
         return new.whole
-    return new.view > old.view  # so that the order in which they were found decides nothing
+    return new.view > old.view  # by name: the order in which they were found must not show
 
 
 def best_evidence(
@@ -925,7 +929,7 @@ def suggest(
         for row_text, test_text in texts_to_embed(row, question):
             row_texts.append(row_text)
             test_texts.append(test_text)
-    products = embedder(row_texts) * embedder(test_texts)
+    products = embedder(row_texts) * embedder(test_texts)  # of unit vectors
     cosines = products.sum(axis=1).reshape(-1, 5).tolist()
 
     suggestions = []
@@ -965,25 +969,29 @@ def compare_pair(row: Row, question: Question, cosines: Cosines, rarity: Rarity)
     test_words = words_of(question.text)
     row_text = f" {' '.join(row_words)} "
     test_text = f" {' '.join(test_words)} "
+    one_in_other = row_text in test_text or test_text in row_text
+    order = matcher_of(row_words, test_words).ratio()
     negated = count_negations(row_words) != count_negations(test_words)
 
     row_content = content_of(bare)
     test_content = content_of(question.text)
     row_alone = rarity.of(row_content.words - test_content.words)
     test_alone = rarity.of(test_content.words - row_content.words)
-    numeric = bool(row_content.numbers and test_content.numbers)
+    row_numbers = row_content.numbers
+    test_numbers = test_content.numbers
+    has_choices = bare != row["instruction"].strip()
     return Comparison(
         cosines=cosines,
         answers=compare_answers(row, question),
         same_words=row_words == test_words,
-        one_in_other=row_text in test_text or test_text in row_text,
-        order=matcher_of(row_words, test_words).ratio(),
+        one_in_other=one_in_other,
+        order=order,
         replaced=min(row_alone, test_alone),
         generic=rarity.is_generic(bare, question.text),
         negated=negated,
-        numeric=numeric,
-        other_numbers=other_numbers(row_content.numbers, test_content.numbers),
-        has_choices=bare != row["instruction"].strip(),
+        numeric=bool(row_numbers and test_numbers),
+        other_numbers=other_numbers(row_numbers, test_numbers),
+        has_choices=has_choices,
         difference=difference(bare, question.text),
     )
 
