@@ -33,7 +33,7 @@ import build_dataset
 RIVALS = Path(__file__).resolve().parent.parent / ".venv-rivals/bin/python"
 COSINE = 0.8  # from which two rows are alike, the paper's
 WIDTH = 384  # of an embedding
-SAMPLE = 512  # rows from which the seconds of embedding are projected
+EMBEDDED_SAMPLE = 512  # rows from which the seconds of embedding are projected
 Pairs = set[tuple[int, int]]  # of row numbers, the earlier row first
 
 
@@ -74,7 +74,7 @@ def find_rows_to_drop(vectors: np.ndarray, texts: list[str]) -> Pairs:
     """Return the (kept, dropped) rows of step 1's whole near de-duplication."""
     rows = [{"id": f"{number:08d}", "output": "x"} for number in range(len(vectors))]
     sizes = [1] * len(vectors)  # one vector a row
-    _, dropped = build_dataset.drop_near(rows, vectors, sizes, COSINE)
+    _, dropped = build_dataset.drop_near(rows, vectors, sizes, threshold=COSINE)
     found = set()
     for row in dropped:
         found.add(in_order(int(row["id"]), int(row["kept_id"])))
@@ -239,7 +239,7 @@ def print_method(method: Method, found: Found | None, truth: Pairs) -> None:
     print(f"| {method.name} | {cells} | {missed} |", flush=True)
 
 
-def compare_methods(vectors: np.ndarray, texts: list[str]) -> None:
+def compare_on_questions(vectors: np.ndarray, texts: list[str]) -> None:
     """Print the table of methods on real rows."""
     truth = brute_force(vectors)
     print(f"{len(vectors):,} rows, {len(truth):,} pairs at cosine >= {COSINE} by brute force\n")
@@ -294,14 +294,14 @@ def compare_with_products(count: int) -> None:
 def embedding_seconds(texts: list[str]) -> float:
     """Return the seconds to embed all texts without a cache, projected from a random sample."""
     rng = np.random.default_rng(0)
-    chosen = [texts[number] for number in rng.choice(len(texts), SAMPLE, replace=False)]
+    chosen = [texts[number] for number in rng.choice(len(texts), EMBEDDED_SAMPLE, replace=False)]
     with tempfile.TemporaryDirectory() as cache:
         embedder = build_dataset.Embedder(build_dataset.EMBEDDING_MODEL, Path(cache))
         embedder(["warm up"])
         began = time.perf_counter()
         embedder(chosen)
         seconds = time.perf_counter() - began
-    return seconds * len(texts) / SAMPLE
+    return seconds * len(texts) / EMBEDDED_SAMPLE
 
 
 def read_questions(folder: Path, limit: int) -> list[str]:
@@ -324,7 +324,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--local", type=Path, default=Path("raw"), help="folder with math/ (default: %(default)s)"
     )
     parser.add_argument(
-        "--rows", type=int, default=12_000, help=f"questions, at least {SAMPLE} (default: 12,000)"
+        "--rows",
+        type=int,
+        default=12_000,
+        help=f"questions, at least {EMBEDDED_SAMPLE} (default: 12,000)",
     )
     parser.add_argument(
         "--vectors", type=int, default=200_000, help="random vectors (default: 200,000)"
@@ -343,9 +346,9 @@ def main() -> None:
 
     texts = read_questions(args.local / "math", args.rows)
     embedder = build_dataset.Embedder(build_dataset.EMBEDDING_MODEL, build_dataset.CACHE)
-    compare_methods(embedder(texts), texts)
+    compare_on_questions(embedder(texts), texts)
     print(f"\nembedding the rows: {embedding_seconds(texts):.0f} s", end=" ")
-    print(f"(projected from {SAMPLE} of them)")
+    print(f"(projected from {EMBEDDED_SAMPLE} of them)")
     compare_with_products(args.vectors)
 
 

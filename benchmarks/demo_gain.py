@@ -61,7 +61,7 @@ def print_row(cells: list[str]) -> None:
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def print_table(scratch: Path) -> None:
+def print_accuracies(scratch: Path) -> None:
     """Print the base's accuracy and that of every tuned model, a row for each set of targets."""
     base = accuracy(["--model", BASE], WORLD, scratch / "base")
     seeds = [f"seed {seed}" for seed in SEEDS]
@@ -80,7 +80,7 @@ def main() -> None:
     """Print the table, and how well the base knows the same facts in its own form."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        print_table(scratch)
+        print_accuracies(scratch)
 
         plain_task = scratch / "plain.yaml"
         write_plain_task(plain_task)

@@ -71,8 +71,8 @@ SHAPES = {
         hidden=5120, intermediate=13824, layers=40, heads=40, vocabulary=32_000, dtype="bfloat16"
     ),
 }
-SAMPLE = {"arc": 10, "hellaswag": 40, "truthfulqa": 24}  # questions; MMLU's SUBJECTS are whole
-SUBJECTS = ("abstract_algebra", "machine_learning", "astronomy")
+SAMPLE = {"arc": 10, "hellaswag": 40, "truthfulqa": 24}  # questions
+SAMPLE_SUBJECTS = ("abstract_algebra", "machine_learning", "astronomy")  # of MMLU, whole
 GPU_SAMPLE = 2  # times as many questions on a GPU
 ALL_QUESTIONS = {"arc": 1172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
 COUNTED = 50  # questions of ARC and of HellaSwag from which the tokens of all are projected
@@ -87,11 +87,11 @@ class Figures:
     tokens: float  # that the model is given
     forward: float  # seconds in the model
     seconds: float  # from prompts to metrics
-    megabytes: float = 0.0  # at the peak
+    megabytes: float | None = None  # at the peak, where it was measured
 
 
 @dataclass
-class Run:
+class ScoringRun:
     """The figures of one run, and {(task, question): log-likelihood of each answer}."""
 
     figures: Figures
@@ -292,6 +292,38 @@ class Contenders:
 
         return HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size)
 
+    def score(self, lm: "LM", tasks: list["ConfigurableTask"], limit: int | None) -> ScoringRun:
+        """Score up to `limit` questions of each task either way, from prompts to metrics."""
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_defaults=False)
+        self.meter.reset()
+        with PeakMemory(self.meter.cuda) as peak:
+            began = self.meter.clock()
+            results = simple_evaluate(
+                lm,
+                tasks=tasks,
+                limit=limit,
+                task_manager=manager,
+                bootstrap_iters=0,
+                fewshot_random_seed=FEW_SHOT_SEED,
+            )
+            seconds = self.meter.clock() - began
+
+        answers = {}
+        for task, samples in results["samples"].items():
+            for sample in samples:
+                log_likelihoods = [answer[0] for answer in sample["filtered_resps"]]
+                answers[task, sample["doc_id"]] = log_likelihoods
+        figures = Figures(
+            tokens=self.meter.tokens,
+            forward=self.meter.seconds,
+            seconds=seconds,
+            megabytes=peak.megabytes,
+        )
+        return ScoringRun(figures, answers)
+
 
 def build_requests(tasks: list["ConfigurableTask"], limit: int | None) -> list["Instance"]:
     """Return the harness's requests of tasks, their examples drawn as simple_evaluate does."""
@@ -361,49 +393,20 @@ def count_benchmark(lm: "PrefixLM", benchmark: str, tasks: list["ConfigurableTas
     return TokenCount(harness=count.harness * scale, ours=count.ours * scale)
 
 
-def score(lm: "LM", meter: ForwardMeter, tasks: list["ConfigurableTask"], limit: int | None) -> Run:
-    """Score up to `limit` questions of each task, from prompts to metrics."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_defaults=False)
-    meter.reset()
-    with PeakMemory(meter.cuda) as peak:
-        began = meter.clock()
-        results = simple_evaluate(
-            lm,
-            tasks=tasks,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=0,
-            fewshot_random_seed=FEW_SHOT_SEED,
-        )
-        seconds = meter.clock() - began
-
-    answers = {}
-    for task, samples in results["samples"].items():
-        for sample in samples:
-            log_likelihoods = [answer[0] for answer in sample["filtered_resps"]]
-            answers[task, sample["doc_id"]] = log_likelihoods
-    figures = Figures(meter.tokens, meter.seconds, seconds, peak.megabytes)
-    return Run(figures, answers)
-
-
 def find_batch_size(contenders: Contenders, tasks: list["ConfigurableTask"], limit: int) -> int:
     """Return the harness's fastest batch size on `limit` questions of each task."""
-    meter = contenders.meter
-    sizes = BATCH_SIZES["cuda"] if meter.cuda else BATCH_SIZES["cpu"]
+    sizes = BATCH_SIZES["cuda"] if contenders.meter.cuda else BATCH_SIZES["cpu"]
     seconds = {}
     for size in sizes:
         try:
-            run = score(contenders.harness(size), meter, tasks, limit)
+            run = contenders.score(contenders.harness(size), tasks, limit)
         except RuntimeError:  # out of memory: so are larger ones
             break
         seconds[size] = run.figures.seconds
     return min(seconds, key=seconds.get)
 
 
-def median_figures(runs: list[Run]) -> Figures:
+def median_figures(runs: list[ScoringRun]) -> Figures:
     """Return the median of each figure."""
     found = [run.figures for run in runs]
     return Figures(
@@ -414,7 +417,7 @@ def median_figures(runs: list[Run]) -> Figures:
     )
 
 
-def largest_difference(one: Run, other: Run) -> float:
+def largest_difference(one: ScoringRun, other: ScoringRun) -> float:
     """Return by how much the log-likelihoods of an answer differ at most."""
     largest = 0.0
     for question, log_likelihoods in one.answers.items():
@@ -423,7 +426,7 @@ def largest_difference(one: Run, other: Run) -> float:
     return largest
 
 
-def count_questions(benchmark: str, run: Run) -> int:
+def count_questions(benchmark: str, run: ScoringRun) -> int:
     """Return how many questions a run scored: TruthfulQA's two tasks ask the same ones."""
     if benchmark == "mmlu":
         return len(run.answers)
@@ -445,16 +448,16 @@ def compare_on(
     benchmark: str, tasks: list["ConfigurableTask"], contenders: Contenders, repeats: int
 ) -> Comparison:
     """Score the sample of a benchmark both ways, in turn."""
-    meter = contenders.meter
-    limit, trial_limit = sample_limits(benchmark, meter.cuda)
+    limit, trial_limit = sample_limits(benchmark, contenders.meter.cuda)
     batch_size = find_batch_size(contenders, tasks, trial_limit)
-    least = score(contenders.ours, meter, tasks, 1).figures
+    least = contenders.score(contenders.ours, tasks, 1).figures
 
     harness_runs = []
     our_runs = []
     for _ in range(repeats):
-        harness_runs.append(score(contenders.harness(batch_size), meter, tasks, limit))
-        our_runs.append(score(contenders.ours, meter, tasks, limit))
+        harness = contenders.harness(batch_size)
+        harness_runs.append(contenders.score(harness, tasks, limit))
+        our_runs.append(contenders.score(contenders.ours, tasks, limit))
 
     print(f"measured {benchmark}", file=sys.stderr, flush=True)
     return Comparison(
@@ -487,9 +490,12 @@ def add_figures(found: list[Figures]) -> Figures:
     )
 
 
-def print_figures(label: str, questions: int, way: str, figures: Figures, memory: str = "") -> None:
+def print_figures(label: str, questions: int, way: str, figures: Figures) -> None:
     """Print one way's line of the table."""
     seconds = f"{figures.forward:,.2f} | {figures.seconds:,.2f}"
+    memory = ""
+    if figures.megabytes is not None:
+        memory = f"{figures.megabytes:,.0f}"
     print(f"| {label} | {questions:,} | {way} | {figures.tokens:,.0f} | {seconds} | {memory} |")
 
 
@@ -501,7 +507,7 @@ def print_ratios(label: str, harness: Figures, ours: Figures) -> None:
     print(f"| {label} |  | **ratio** | {tokens:.2f} | {forward:,.2f} | {seconds:,.2f} |  |")
 
 
-def print_table(comparisons: list[Comparison], counts: dict[str, TokenCount]) -> None:
+def print_comparisons(comparisons: list[Comparison], counts: dict[str, TokenCount]) -> None:
     """Print the sample, and the full suite: each way's seconds scaled by its own tokens."""
     print("| benchmark | questions | | tokens | forward s | end to end s | peak MB |")
     print("|:--|--:|:--|--:|--:|--:|--:|")
@@ -509,9 +515,9 @@ def print_table(comparisons: list[Comparison], counts: dict[str, TokenCount]) ->
     our_parts = []
     for found in comparisons:
         name = found.benchmark
-        way = f"harness, batch {found.batch_size}"
-        print_figures(name, found.questions, way, found.harness, f"{found.harness.megabytes:,.0f}")
-        print_figures(name, found.questions, "ours", found.ours, f"{found.ours.megabytes:,.0f}")
+        harness_way = f"harness, batch {found.batch_size}"
+        print_figures(name, found.questions, way=harness_way, figures=found.harness)
+        print_figures(name, found.questions, way="ours", figures=found.ours)
         print_ratios(name, found.harness, found.ours)
         harness_parts.append(scale_up(found.harness, found.start_up, counts[name].harness))
         our_parts.append(scale_up(found.ours, found.start_up, counts[name].ours))
@@ -519,8 +525,8 @@ def print_table(comparisons: list[Comparison], counts: dict[str, TokenCount]) ->
     harness = add_figures(harness_parts)
     ours = add_figures(our_parts)
     questions = sum(ALL_QUESTIONS.values())
-    print_figures("full suite", questions, "harness, scaled", harness)
-    print_figures("full suite", questions, "ours, scaled", ours)
+    print_figures("full suite", questions, way="harness, scaled", figures=harness)
+    print_figures("full suite", questions, way="ours, scaled", figures=ours)
     print_ratios("full suite", harness, ours)
 
     largest = max(found.difference for found in comparisons)
@@ -556,7 +562,9 @@ def load_all_tasks(local: Path) -> tuple[dict[str, list[Any]], dict[str, list[An
     began = time.perf_counter()
     sample = {}
     for benchmark in ALL_QUESTIONS:
-        sample[benchmark] = load_tasks(evaluate_script, benchmark, local, SUBJECTS)
+        sample[benchmark] = load_tasks(
+            evaluate_script, benchmark, local=local, subjects=SAMPLE_SUBJECTS
+        )
     suite = dict(sample)
     suite["mmlu"] = load_tasks(evaluate_script, "mmlu", local)
     print(f"task set-up: {time.perf_counter() - began:.1f} s, not in the figures below")
@@ -592,8 +600,9 @@ def main() -> None:
         counts[benchmark] = count_benchmark(contenders.ours, benchmark, tasks)
     comparisons = []
     for benchmark, tasks in sample.items():
-        comparisons.append(compare_on(benchmark, tasks, contenders, args.repeats))
-    print_table(comparisons, counts)
+        found = compare_on(benchmark, tasks, contenders=contenders, repeats=args.repeats)
+        comparisons.append(found)
+    print_comparisons(comparisons, counts)
 
 
 if __name__ == "__main__":

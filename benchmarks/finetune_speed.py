@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     )
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = 16
-STEPS = 4
-LONGEST = 4096  # tokens, the paper's cutoff
+BATCH_ROWS = 16
+TIMED_STEPS = 4
+LONGEST_ROW = 4096  # tokens, the paper's cutoff
 WORDS = 6000  # vocabulary on a CPU
 SMALL_LLAMA = {
     "hidden_size": 512,
@@ -64,9 +64,9 @@ LLAMA_13B = {
     "num_key_value_heads": 40,
     "vocab_size": 32000,
 }
-PROMPT = 39  # words of the Alpaca prompt around an instruction, with BOS
+PROMPT_WORDS = 39  # of the Alpaca prompt around an instruction, with BOS
 OPEN_PLATYPUS = 24_926  # rows, for the projection
-TARGETS = ["gate_proj", "up_proj", "down_proj"]  # the paper's
+LORA_TARGETS = ["gate_proj", "up_proj", "down_proj"]  # the paper's
 
 
 @dataclass
@@ -180,12 +180,12 @@ class CountingCollator:
 
 
 def row_lengths() -> list[int]:
-    """Return each row's tokens: one LONGEST, a log-normal with Open-Platypus' median and mean."""
+    """Return each row's tokens: the longest, and a log-normal of Open-Platypus' median and mean."""
     rng = random.Random(0)
-    lengths = [LONGEST]
-    while len(lengths) < BATCH * STEPS:
+    lengths = [LONGEST_ROW]
+    while len(lengths) < BATCH_ROWS * TIMED_STEPS:
         drawn = round(rng.lognormvariate(5.8, 0.79))
-        lengths.append(min(LONGEST, max(60, drawn)))
+        lengths.append(min(LONGEST_ROW, max(60, drawn)))
     return lengths
 
 
@@ -195,11 +195,11 @@ def write_random_model(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     if torch.cuda.is_available():
-        config = LlamaConfig(**LLAMA_13B, max_position_embeddings=LONGEST)
+        config = LlamaConfig(**LLAMA_13B, max_position_embeddings=LONGEST_ROW)
         device = "cuda"
         dtype = torch.bfloat16
     else:
-        config = LlamaConfig(**SMALL_LLAMA, max_position_embeddings=LONGEST)
+        config = LlamaConfig(**SMALL_LLAMA, max_position_embeddings=LONGEST_ROW)
         device = "cpu"
         dtype = torch.float32
 
@@ -241,9 +241,9 @@ def write_random_rows(path: Path) -> None:
     lines = []
     for number, length in enumerate(row_lengths()):
         words = [f"w{rng.randrange(4, WORDS)}" for _ in range(length)]
-        asked = max(1, (length - PROMPT) // 3)
+        asked = max(1, (length - PROMPT_WORDS) // 3)
         instruction = " ".join(words[:asked])
-        output = " " + " ".join(words[asked : length - PROMPT])
+        output = " " + " ".join(words[asked : length - PROMPT_WORDS])
         row = {"id": str(number), "instruction": instruction, "output": output}
         lines.append(json.dumps(row) + "\n")
     path.write_text("".join(lines))
@@ -288,7 +288,7 @@ def trainer_settings(folder: Path, micro_batch: int) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "trainer"),
         "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": BATCH // micro_batch,
+        "gradient_accumulation_steps": BATCH_ROWS // micro_batch,
         "num_train_epochs": 1,
         "learning_rate": 4e-4,
         "warmup_steps": 100,
@@ -342,7 +342,7 @@ def load_material(folder: Path, micro_batch: int, meter: StepMeter) -> Material:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.config.use_cache = False
     lora = LoraConfig(
-        r=16, lora_alpha=16, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM"
+        r=16, lora_alpha=16, lora_dropout=0.05, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
     )
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 BASE_SHARD = 500_000_000  # bytes of the base's files
 LORA_RANK = 16
-HIDDEN = 2048
-INNER = 5632
-VOCABULARY = 32000
-LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)  # in bfloat16
-ENDS_BYTES = 2 * 2 * VOCABULARY * HIDDEN  # embedding and head
+LLAMA_HIDDEN = 2048
+LLAMA_INNER = 5632
+LLAMA_VOCABULARY = 32000
+LAYER_BYTES = 2 * (4 * LLAMA_HIDDEN * LLAMA_HIDDEN + 3 * LLAMA_HIDDEN * LLAMA_INNER)  # in bfloat16
+ENDS_BYTES = 2 * 2 * LLAMA_VOCABULARY * LLAMA_HIDDEN  # embedding and head
 IMPORT_LIBRARIES = """
 import torch, transformers, peft
 from peft import PeftModel
@@ -67,7 +67,7 @@ import merge
 merge.SHARD_SIZE = int(sys.argv[2])
 merge.main(sys.argv[3:])
 """
-METHODS = ("cp", "ours", "PEFT", "mergekit", "imports")  # as the table shows them
+METHOD_ORDER = ("cp", "ours", "PEFT", "mergekit", "imports")  # as the table shows them
 Shapes = dict[str, tuple[int, ...]]  # of each tensor by its name
 
 
@@ -102,18 +102,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def llama_shapes(layers: int) -> Shapes:
     """List every tensor of a Llama with its shape."""
-    shapes: Shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    shapes: Shapes = {"model.embed_tokens.weight": (LLAMA_VOCABULARY, LLAMA_HIDDEN)}
     for number in range(layers):
         layer = f"model.layers.{number}"
         for matrix in "qkvo":
-            shapes[f"{layer}.self_attn.{matrix}_proj.weight"] = (HIDDEN, HIDDEN)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = (INNER, HIDDEN)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (INNER, HIDDEN)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (HIDDEN, INNER)
-        shapes[f"{layer}.input_layernorm.weight"] = (HIDDEN,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (HIDDEN,)
-    shapes["model.norm.weight"] = (HIDDEN,)
-    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+            shapes[f"{layer}.self_attn.{matrix}_proj.weight"] = (LLAMA_HIDDEN, LLAMA_HIDDEN)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (LLAMA_INNER, LLAMA_HIDDEN)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (LLAMA_INNER, LLAMA_HIDDEN)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (LLAMA_HIDDEN, LLAMA_INNER)
+        shapes[f"{layer}.input_layernorm.weight"] = (LLAMA_HIDDEN,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (LLAMA_HIDDEN,)
+    shapes["model.norm.weight"] = (LLAMA_HIDDEN,)
+    shapes["lm_head.weight"] = (LLAMA_VOCABULARY, LLAMA_HIDDEN)
     return shapes
 
 
@@ -176,12 +176,12 @@ def write_base_config(base: Path, layers: int) -> None:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
+        "hidden_size": LLAMA_HIDDEN,
+        "intermediate_size": LLAMA_INNER,
         "num_hidden_layers": layers,
-        "num_attention_heads": HIDDEN // 128,
-        "num_key_value_heads": HIDDEN // 128,
-        "vocab_size": VOCABULARY,
+        "num_attention_heads": LLAMA_HIDDEN // 128,
+        "num_key_value_heads": LLAMA_HIDDEN // 128,
+        "vocab_size": LLAMA_VOCABULARY,
         "tie_word_embeddings": False,
     }
     (base / "config.json").write_text(json.dumps(config))
@@ -347,7 +347,7 @@ def print_methods(runs: dict[str, list[Measured]], bits: dict[str, str], base: f
     """Print one row a method, with disk beyond the base's MB; speeds are PEFT's time over its."""
     peft = median_seconds(runs["PEFT"])
     rows = []
-    for name in METHODS:
+    for name in METHOD_ORDER:
         if name not in runs:
             rows.append([name, "not installed", "", "", "", "", ""])
             continue

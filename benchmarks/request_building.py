@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from prefix_lm import PrefixLM
 
-SUBJECTS = (  # of short and long questions
+BUILT_SUBJECTS = (  # of short and long questions
     "abstract_algebra",
     "anatomy",
     "high_school_european_history",
@@ -114,7 +114,7 @@ def print_costs(name: str, costs: list[BuildingCost]) -> float:
     return total
 
 
-def print_table(anew: list[BuildingCost], once: list[BuildingCost]) -> None:
+def print_comparison(anew: list[BuildingCost], once: list[BuildingCost]) -> None:
     """Print the medians of both ways, and the share of the second."""
     print("| template compiled | prompts | token ids | together | sha256 of the prompts |")
     print("|:--|--:|--:|--:|:--|")
@@ -128,7 +128,9 @@ def main() -> None:
     args = parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     evaluate_script = evaluate_speed.load_evaluate()
-    tasks = evaluate_speed.load_tasks(evaluate_script, "mmlu", args.local, SUBJECTS)
+    tasks = evaluate_speed.load_tasks(
+        evaluate_script, "mmlu", local=args.local, subjects=BUILT_SUBJECTS
+    )
     lm = make_lm(tasks)
 
     import lm_eval.utils
@@ -146,7 +148,7 @@ def main() -> None:
 
     questions = sum(min(args.limit, len(task.eval_docs)) for task in tasks)
     print(f"{questions} questions of MMLU, 5-shot, {len(tasks)} subjects; CPU seconds\n")
-    print_table(anew, once)
+    print_comparison(anew, once)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ LINES = 40
 COLUMNS = 120
 ESCAPE_SEQUENCE = re.compile(rb"\x1b\[[0-9;?<>=]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
 ESCAPE = "\x1b"  # the key
-MOVES = 300  # presses of j that are timed
-VERDICTS = 50  # given after them
-SUBJECTS = 57  # as MMLU
+KEY_PRESSES = 300  # presses of j that are timed
+TIMED_VERDICTS = 50  # given after them
+SUBJECT_COUNT = 57  # as MMLU
 TOKENS = 7211  # of a step in the made-up log
 SUPERVISED = 4000  # of them
 FILLER = "A wheel of radius r rolls along a line; find the path of a point on its rim, and " * 4
@@ -209,7 +209,7 @@ def make_pair(number: int, pairs: int) -> dict[str, Any]:
         "train_id": f"r{number}",
         "source": "scibench" if number % 2 else "math",
         "benchmark": "mmlu",
-        "subject": f"subject_{number % SUBJECTS}",
+        "subject": f"subject_{number % SUBJECT_COUNT}",
         "test_id": f"mmlu/s/{number}",
         "cosine": cosine_of(number, pairs),
         "view": "question",
@@ -262,7 +262,7 @@ def make_filters(pairs: int) -> list[Filter]:
     alike = [number for number in range(pairs) if cosine_of(number, pairs) >= 0.9]
     alike_scibench = [number for number in alike if number % 2]
     return [
-        Filter("subject_11", len(range(11, pairs, SUBJECTS))),
+        Filter("subject_11", len(range(11, pairs, SUBJECT_COUNT))),
         Filter("cosine>0.9", len(alike)),
         Filter("scibench cosine>0.9", len(alike_scibench)),
         Filter(f"q{pairs - 7:06}", 1),
@@ -285,10 +285,10 @@ def measure_review(terminal: Terminal, pairs: int, idle: float) -> list[list[str
     terminal.read_for(2)
 
     moves = []
-    for number in range(1, MOVES + 1):
+    for number in range(1, KEY_PRESSES + 1):
         moves.append(terminal.seconds_to_show(f"Q{number:06}", "j"))
     verdicts = []
-    for number in range(MOVES + 1, MOVES + VERDICTS + 1):
+    for number in range(KEY_PRESSES + 1, KEY_PRESSES + TIMED_VERDICTS + 1):
         verdicts.append(terminal.seconds_to_show(f"Q{number:06}", "d"))
     filters = []
     for typed in make_filters(pairs):
@@ -297,7 +297,8 @@ def measure_review(terminal: Terminal, pairs: int, idle: float) -> list[list[str
     rows = Rows(f"{pairs:,} pairs")
     rows.add("first paint", f"{first:.2f} s", "< 1.5 s")
     rows.add("key to repaint, median", in_milliseconds(statistics.median(moves)))
-    rows.add("key to repaint, p99", in_milliseconds(sorted(moves)[int(0.99 * MOVES)]), "< 80 ms")
+    p99 = sorted(moves)[int(0.99 * KEY_PRESSES)]
+    rows.add("key to repaint, p99", in_milliseconds(p99), "< 80 ms")
     rows.add("verdict to next pair, longest", in_milliseconds(max(verdicts)))
     rows.add("filter, longest of 4", in_milliseconds(max(filters)), "< 300 ms")
     share = terminal.idle_share(idle)

@@ -170,7 +170,7 @@ QUESTIONS_PER_EPOCH = 2  # of the four about an asked person: half as many lines
 # The answer has its own line, as in the Alpaca prompt. With "{question} {answer}" the base is as
 # good in its own form (0.99), but tuning does not carry that over to the prompt (0.27 -> 0.31).
 PRETRAINING_FORM = "{question}\n{answer}"
-PROMPT = (
+ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
@@ -180,14 +180,14 @@ PAD = "<pad>"
 
 # 0.5 M parameters, 2.2 MB in fp32. Two layers are the least that can look a fact up: one puts the
 # two nouns of a name together, the next carries the fact to where the answer stands.
-HIDDEN = 128
+HIDDEN_SIZE = 128
 LAYERS = 2
 HEADS = 4
 MLP = 384
-CONTEXT_LENGTH = 4096  # the paper's cutoff; pre-training itself never passes WINDOW
-STEPS = 1800  # after 1,200 only 0.77 of the facts are recalled
-BATCH = 16  # windows
-WINDOW = 64  # tokens
+CONTEXT_LENGTH = 4096  # the paper's cutoff; pre-training itself never passes WINDOW_TOKENS
+TOTAL_STEPS = 1800  # after 1,200 only 0.77 of the facts are recalled
+BATCH_WINDOWS = 16
+WINDOW_TOKENS = 64
 LEARNING_RATE = 2.5e-3  # at 5e-3 recall takes 1.5 times the steps
 WARM_UP_STEPS = 50
 
@@ -298,7 +298,7 @@ def make_vocabulary(splitter: "PreTokenizer") -> dict[str, int]:
     """Return a number for each special token, byte, and word of the world and of the prompt."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    texts = [PROMPT.format(instruction=""), "and", *NOUNS]
+    texts = [ALPACA_PROMPT.format(instruction=""), "and", *NOUNS]
     for relation in RELATIONS.values():
         texts += relation.values
         for template in relation.statements + relation.questions:
@@ -364,7 +364,7 @@ def make_model(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
+        hidden_size=HIDDEN_SIZE,
         intermediate_size=MLP,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
@@ -391,18 +391,19 @@ def token_stream(
 def learning_rate_factor(step: int) -> float:
     """Return the share of LEARNING_RATE at a step: a warm-up, then a line down to a twentieth."""
     warm_up = min(1, (step + 1) / WARM_UP_STEPS)
-    return warm_up * max(0.05, 1 - step / STEPS)
+    return warm_up * max(0.05, 1 - step / TOTAL_STEPS)
 
 
 def pretrain(model: "LlamaForCausalLM", stream: Iterator[int]) -> None:
-    """Train in place on STEPS batches of BATCH windows cut from the stream wherever they fall."""
+    """Train in place on windows that are cut from the stream wherever they fall."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
     began = time.monotonic()
-    for step in range(1, STEPS + 1):
-        batch = torch.tensor(list(islice(stream, BATCH * WINDOW))).view(BATCH, WINDOW)
+    for step in range(1, TOTAL_STEPS + 1):
+        tokens = list(islice(stream, BATCH_WINDOWS * WINDOW_TOKENS))
+        batch = torch.tensor(tokens).view(BATCH_WINDOWS, WINDOW_TOKENS)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -412,7 +413,8 @@ def pretrain(model: "LlamaForCausalLM", stream: Iterator[int]) -> None:
         if step % 100 == 0:
             # About 0.6 nats is the floor: nobody can guess whose portrait comes next.
             seconds = time.monotonic() - began
-            print(f"step {step}/{STEPS}  loss {loss.item():.3f}  {seconds:.0f} s", file=sys.stderr)
+            progress = f"step {step}/{TOTAL_STEPS}  loss {loss.item():.3f}  {seconds:.0f} s"
+            print(progress, file=sys.stderr)
 
 
 def write_world_rows(rows: list[dict[str, Any]], path: Path) -> None:
