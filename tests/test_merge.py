@@ -555,6 +555,10 @@ def test_a_weight_scales_the_change(tmp_path) -> None:
         assert torch.allclose(thrice[name] - before, 3 * change, atol=1e-6), name
 
 
+def test_a_weight_may_be_any_finite_number() -> None:
+    assert merge.split_weight("out/a:-2e6") == ("out/a", -2e6)
+
+
 # --- what base + adapter computes -----------------------------------------------------------------
 
 
@@ -671,8 +675,8 @@ def has_warning(run: dict[str, Any], words: str) -> bool:
 def test_the_base_is_known_by_its_fingerprint(known_base, known_adapter, out, capsys) -> None:
     run = run_merge(known_base, known_adapter, out)
     assert "fingerprints agree" in capsys.readouterr().out
-    assert len(run["warnings"]) == 1
-    assert has_warning(run, "flagged")
+    unknown = f"whether {known_adapter} was trained on flagged rows is not known"
+    assert run["warnings"] == [unknown]
 
 
 def test_another_base_is_merged_only_if_it_is_meant(
@@ -700,6 +704,7 @@ def test_a_base_without_a_fingerprint_is_merged_with_a_warning(
     (known_adapter / "base_fingerprint.json").unlink()
     run = run_merge(fine_tune, known_adapter, out)
     assert has_warning(run, "base_fingerprint.json")
+    assert has_warning(run, f"was trained on {fine_tune} is not known")
 
 
 def test_norms_of_the_table(known_adapter, fine_tune, out) -> None:
@@ -807,10 +812,43 @@ def test_training_on_flagged_rows_is_written_down(known_base, known_adapter, tmp
     assert run["warnings"] == []
 
 
+def test_flagged_rows_of_several_data_files_are_added(
+    known_base, known_adapter, tmp_path, out
+) -> None:
+    """A config of the model, which may be listed too, is no data; a file's suffix may be any."""
+    first = contaminated(tmp_path / "first", decided=["p0"]) / "clean.jsonl"
+    second = contaminated(tmp_path / "second", decided=[]) / "clean.txt"
+    append_rows(first, [{"id": "t0", "licence": "MIT"}, {"id": "t1", "licence": "MIT"}])
+    append_rows(second, [{"id": "t0", "licence": "MIT"}, {"id": "t1", "licence": "apache-2.0"}])
+    paths = [first, second, known_base / "config.json", known_base / "model.safetensors"]
+    inputs = common.describe_files(paths)
+    write_run(known_adapter, inputs, {})
+
+    described = run_merge(known_base, known_adapter, out)["adapters"][0]
+    assert set(described["data"]) == {str(first), str(second)}
+    assert described["flagged_rows"] == 1 + 2
+    assert described["licences"] == {"MIT": 3, "apache-2.0": 1}
+
+
+def test_flagged_rows_are_not_known_where_one_file_was_not_checked(
+    known_base, known_adapter, tmp_path, out
+) -> None:
+    checked = contaminated(tmp_path / "checked", decided=[]) / "clean.jsonl"
+    unchecked = tmp_path / "rows.jsonl"
+    append_rows(checked, [{"id": "t0", "licence": "MIT"}])
+    append_rows(unchecked, [{"id": "t1", "licence": "MIT"}])
+    write_run(known_adapter, common.describe_files([checked, unchecked]), {})
+
+    run = run_merge(known_base, known_adapter, out)
+    assert "flagged_rows" not in run["adapters"][0]
+    assert has_warning(run, "flagged rows is not known")
+
+
 def test_training_on_nf4_is_said(known_base, known_adapter, out, capsys) -> None:
     write_fingerprint(known_adapter, known_base, load_in_4bit=True)
     run_merge(known_base, known_adapter, out)
-    assert "evaluate.py --load-in-4bit --adapter" in capsys.readouterr().err
+    command = f"evaluate.py --load-in-4bit --adapter {known_adapter} --model {known_base}"
+    assert command in capsys.readouterr().err
     assert_equal_to_peft(known_base, known_adapter, out, dtype=torch.bfloat16)
 
 
@@ -1135,6 +1173,7 @@ BAD_FLAGS = [  # flags after the usual ones, words of the message
     ("--adapter {adapter}:much", "'much' is not a number"),
     ("--adapter {adapter}:0", "not a number other than 0"),
     ("--adapter {adapter}:nan", "not a number other than 0"),
+    ("--adapter {adapter}:inf", "not a number other than 0"),
     ("--adapter {tmp}/none", "none is missing"),
     ("--base-model {tmp}/none", "no such folder"),
     ("--base-model ./none", "no such folder"),
