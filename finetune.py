@@ -135,7 +135,7 @@ LOG_FILE = "train_log.jsonl"
 KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
 SAMPLES = 2  # prompts that a sample event answers
 SAMPLE_TOKENS = 64  # of an answer
-# A Ctrl-C reaches torchrun's processes twice: from the terminal, and within so many seconds from it.
+# Ctrl-C reaches torchrun's processes twice: by the terminal, within so many seconds by torchrun.
 REPEATED_SIGNAL = 2.0
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's number of processes, one a GPU
@@ -466,9 +466,9 @@ def row_losses(model: Model, row: list[Example]) -> Tensor:
     """Compute the summed cross-entropy of each example's supervised tokens, in nats: [examples].
 
     Only the positions that predict a supervised token go through the head: vocabularies are large.
-    position_ids start again with each example. Where set_attention() chose attend_by_example(), that
-    keeps the examples apart, by their lengths. Elsewhere transformers does: it makes a mask that is
-    block-diagonal where position_ids jump, but only if it is given no mask and keeps no cache.
+    position_ids start again with each example. Where set_attention() chose attend_by_example(), it
+    keeps the examples apart, by their lengths. Elsewhere transformers does, by a mask with a block
+    from each jump of position_ids on; but it makes that only if it gets no mask and keeps no cache.
     """
     import torch
 
@@ -626,8 +626,8 @@ def add_adapter(model: Model, args: argparse.Namespace) -> Model:
         use_dora=args.dora,
     )
     model = get_peft_model(model, config)
-    # PEFT draws A like this, but rounds it to the base's type before it makes it float32: of a
-    # base in bfloat16 it would differ from that of the same base in 4 bit. B is 0 in any type.
+    # PEFT draws A in float32 too, but rounds it to the base's type and back: on a GPU, in bfloat16,
+    # it would differ from a CPU's. B is 0 in any type.
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             drawn = torch.empty(parameter.shape, device="cpu")
@@ -882,8 +882,8 @@ def recompute_activations(model: Model) -> None:
     """Turn gradient checkpointing on: activations are computed again backward, not kept."""
     from torch.utils.checkpoint import checkpoint
 
-    # As gradient_checkpointing_enable(), but without its hook that has the embeddings' output require
-    # a gradient: reentrant checkpointing needs it, here backward would go on below all adapters.
+    # As gradient_checkpointing_enable(), but without its hook by which the embeddings' output needs
+    # a gradient: only reentrant checkpointing wants that, and backward would go below all adapters.
     recompute = functools.partial(checkpoint, use_reentrant=False)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
@@ -1356,7 +1356,7 @@ def write_samples(run: Run, step: int) -> None:
             max_new_tokens=SAMPLE_TOKENS,
             do_sample=False,
             use_cache=True,
-            pad_token_id=0,  # unused: one prompt is not padded; a model's own may be missing or negative
+            pad_token_id=0,  # pads nothing, with one prompt; the model's own may be missing or < 0
         )
         prompt = run.tokenizer.decode(prompt_ids[0])
         text = run.tokenizer.decode(ids[0, prompt_ids.shape[1] :])

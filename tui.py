@@ -2363,8 +2363,7 @@ def replay() -> Iterator[Path]:
         folder = Path(place) / "out"
         shutil.copytree(RECORDED, folder)
         command = [sys.executable, RECORDED.with_name("replay.py"), folder / "adapter"]
-        # Its standard input ends with this block, or with this process if that is killed: on that it
-        # ends, as nothing is ever written there.
+        # It ends when its standard input does: with this block, or when this process is killed.
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL):
             yield folder
 
@@ -2394,7 +2393,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         print(summary(args.folder))
         return
-    # For the time before PlatypusApp.on_load(). Else asyncio.run() would take Ctrl-C over, to cancel
+    # For the time before PlatypusApp.on_load(). Else asyncio.run() would take Ctrl-C over to cancel
     # the app's task, which now and then went on all the same.
     for sign in ENDING:
         signal.signal(sign, end_process)
