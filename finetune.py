@@ -129,7 +129,7 @@ TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],  # the authors' first try
     "all": "all-linear",  # PEFT's name for every linear layer but the head
 }
-SMALL_SHARE = 0.001  # of all parameters, trainable: for fewer the paper found no gain of "mlp"
+SMALL_SHARE = 0.001  # trainable of all parameters; for less, "mlp" did not do better (paper, 3.1)
 MAKE_DATA = "write it with: python check_contamination.py"
 LOG_FILE = "train_log.jsonl"
 KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
@@ -488,7 +488,7 @@ def row_losses(model: Model, row: list[Example]) -> Tensor:
     if len(row) > 1:
         given["position_ids"] = as_tensor([position_ids])
         if model.config._attn_implementation == "by_example":
-            given["lengths"] = [len(example) for example in row]  # models hand it down to that
+            given["lengths"] = [len(example) for example in row]  # reaches attend_by_example()
     with autocast(model):
         logits = model(**given, use_cache=False).logits[0]
 

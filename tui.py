@@ -1219,9 +1219,9 @@ def find_input(name: str, folder: Path) -> Path:
     """Return where an input of a step lies, or should lie.
 
     A relative name is looked for from the step's folder and those above it, and only then from the
-    current folder and those above: so a copied chain of steps is walked within the copy. A place
-    beside a run.json counts even where the file is missing: the step that wrote it is there, and
-    a file of this name elsewhere is another one.
+    current folder and those above: so a copied chain of steps is walked within the copy. A name
+    with a folder stands for its place beside a run.json even where the file is missing: the step
+    that wrote it is there, and a file of this name elsewhere is another one.
     """
     for parent in (folder, *folder.parents, Path(), *Path.cwd().parents):
         path = os.path.join(parent, name)
