@@ -107,7 +107,9 @@ PAPER_SETTINGS = [  # paper, table 3
     Setting("lora_alpha", positive, 16, "the scale of B A is alpha / rank"),
     Setting("lora_dropout", float, 0.05, "of the input of A"),
 ]
-OUR_SETTINGS = [  # not in the paper; its run weighed examples alike, as the Trainer of 2023 did
+# Not in the paper. Its run had micro-batches of one example, of which the Trainer of 2023 averaged
+# the mean losses: so each example weighed the same, however long its answer.
+OUR_SETTINGS = [
     Setting("loss_norm", str, "example", "what weighs the same in a batch", ("example", "token")),
     Setting("rslora", bool, False, "the scale of B A is alpha / sqrt(rank)"),
     Setting("dora", bool, False, "tune direction and magnitude of the weights apart"),
@@ -127,13 +129,14 @@ TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],  # the authors' first try
     "all": "all-linear",  # PEFT's name for every linear layer but the head
 }
-SMALL_SHARE = 0.001  # trainable; below it the MLP targets did not do better (paper, section 3.1)
+SMALL_SHARE = 0.001  # trainable of all parameters; for less, "mlp" did not do better (paper, 3.1)
 MAKE_DATA = "write it with: python check_contamination.py"
 LOG_FILE = "train_log.jsonl"
 KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
 SAMPLES = 2  # prompts that a sample event answers
 SAMPLE_TOKENS = 64  # of an answer
-REPEATED_SIGNAL = 2.0  # seconds in which torchrun passes on a signal that has come by itself
+# Ctrl-C reaches torchrun's processes twice: by the terminal, within so many seconds by torchrun.
+REPEATED_SIGNAL = 2.0
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's number of processes, one a GPU
 
@@ -160,7 +163,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--learning-rate", type=float, metavar="LR", help="its peak; 13b: 4e-4, 70b: 3e-4")
     text = "tokens of one forward pass (default: cutoff on a GPU, 1,024 on a CPU)"
     add("--micro-batch-tokens", type=positive, metavar="N", help=text)
-    text = "default: with --shard, and where a row does not fit into a GPU without"
+    text = "default: only with --shard, or where a row does not fit into the GPU's memory otherwise"
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help=text)
     add_settings(parser, "paper", PAPER_SETTINGS)
     add_settings(parser, "default", OUR_SETTINGS)
@@ -241,8 +244,8 @@ def protect_checkpoints(args: argparse.Namespace) -> None:
     saved = checkpoints(args.out)
     if mark.exists() and saved and not args.resume and not args.overwrite:
         mend = "go on with --resume, or begin again with --overwrite"
-        began = mark.read_text().strip()
-        raise UserError(f"{args.out} holds {saved[0].name} of a run: {mend} (it was: {began})")
+        command = mark.read_text().strip()  # a mark holds its step's command
+        raise UserError(f"{args.out} holds {saved[0].name} of a run: {mend} (it was: {command})")
 
 
 # --- rows -> packed examples ----------------------------------------------------------------------
@@ -281,7 +284,7 @@ def load_rows(args: argparse.Namespace) -> list[Row]:
     Raises UserError for a file that is missing, unfinished, edited or empty, and for a bad row.
     """
     check_input(args.data, MAKE_DATA)
-    for record in ("run.json", "apply.json"):  # the step that wrote the file lists it in one
+    for record in ("run.json", "apply.json"):  # its step lists it in one; the other lets it pass
         check_listed(args.data, record)
     rows = read_jsonl(args.data, {"instruction": str, "output": str})[: args.limit]
     warn_of_newer_verdicts(args.data)
@@ -300,7 +303,8 @@ def warn_of_newer_verdicts(data: Path) -> None:
     decisions = data.with_name(DECISIONS)
     applied = read_object(data.with_name("apply.json")).get("decisions_sha256")
     if applied and decisions.is_file() and sha256_of(decisions) != applied:
-        say(f"warning: {decisions} has newer verdicts than {data}; {MAKE_DATA} apply")
+        advice = "write it with: python check_contamination.py apply"
+        say(f"warning: {decisions} has newer verdicts than {data}; {advice}")
 
 
 def tokenise(rows: list[Row], tokenizer: Tokenizer, cutoff: int) -> list[Example]:
@@ -344,6 +348,7 @@ def pack(examples: list[Example], tokens: int, multiple: int = 1) -> list[list[E
     None is split; one that is longer has a row of its own. The number of rows is the least
     `multiple` that will do; where there are fewer examples, some are empty.
     """
+    # The loop ends when there are as many rows as examples: deal() then puts no two in one.
     fewest = min(len(examples), math.ceil(count_tokens(examples) / tokens))
     fewest = math.ceil(fewest / multiple) * multiple
     for count in itertools.count(fewest, multiple):
@@ -402,7 +407,7 @@ def compute_dtype(kind: str) -> torch.dtype:
 
 
 def autocast(model: Model) -> torch.autocast:
-    """Return a context with matrix products in compute_dtype(); the adapter stays in float32."""
+    """Return a context with matrix products in compute_dtype(); the weights keep their own."""
     import torch
 
     dtype = compute_dtype(model.device.type)
@@ -416,7 +421,7 @@ def attend_by_example(
 
     q, k, v: [1, heads, tokens, head_dim]; lengths: tokens of each example, None for a row
     of one. Returns [1, tokens, heads, head_dim]. Exact, on every device, and without the cost of a
-    dense mask.
+    dense mask: sdpa_attention_forward() is causal where it gets no mask.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -460,9 +465,10 @@ def is_plainly_causal(config: Any, cutoff: int) -> bool:
 def row_losses(model: Model, row: list[Example]) -> Tensor:
     """Compute the summed cross-entropy of each example's supervised tokens, in nats: [examples].
 
-    The row is block-diagonal because position_ids start again with each example and no attention
-    mask is given; use_cache must be off for that. Only the positions that predict a supervised
-    token go through the head: vocabularies are large.
+    Only the positions that predict a supervised token go through the head: vocabularies are large.
+    position_ids start again with each example. Where set_attention() chose attend_by_example(), it
+    keeps the examples apart, by their lengths. Elsewhere transformers does, by a mask with a block
+    from each jump of position_ids on; but it makes that only if it gets no mask and keeps no cache.
     """
     import torch
 
@@ -482,11 +488,12 @@ def row_losses(model: Model, row: list[Example]) -> Tensor:
     if len(row) > 1:
         given["position_ids"] = as_tensor([position_ids])
         if model.config._attn_implementation == "by_example":
-            given["lengths"] = [len(example) for example in row]  # for attend_by_example()
+            given["lengths"] = [len(example) for example in row]  # reaches attend_by_example()
     with autocast(model):
         logits = model(**given, use_cache=False).logits[0]
 
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse
+    # bfloat16 is too coarse for a loss; the tests' float64 stays.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(logits, as_tensor(targets), reduction="none")
     by_example = losses.split([example.supervised for example in row])
     return torch.stack([part.sum() for part in by_example])
@@ -502,7 +509,8 @@ def isolates(model: Model, examples: list[Example]) -> bool:
     with torch.no_grad():
         loss = row_losses(model, [neighbour, example])[1]
         other_loss = row_losses(model, [reversed_neighbour, example])[1]
-    return torch.allclose(loss, other_loss, rtol=1e-6)  # equal shapes: without a leak, equal bits
+    # Without a leak the same numbers are summed: equal, but for kernels that vary from run to run.
+    return torch.allclose(loss, other_loss, rtol=1e-6)
 
 
 # --- model and adapter ----------------------------------------------------------------------------
@@ -510,13 +518,13 @@ def isolates(model: Model, examples: list[Example]) -> bool:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the cost of a step follows from: a model's parameters by kind, and its attention."""
+    """What step_flops() multiplies: numbers of parameters, and the size of the attention."""
 
-    trainable: int
-    parameters: int  # all, the adapter's too
-    head: int  # the language model's: vocabulary x width
-    base: int  # what is frozen but embeddings and that head
-    attention: int  # no parameters: layers x width of all attention heads
+    trainable: int  # the adapter's
+    parameters: int  # the base's and the adapter's
+    head: int  # of the layer that gives the logits: vocabulary x width
+    base: int  # of the base without its embeddings and that head
+    attention: int  # layers x heads x head_dim: these products have no parameters
 
 
 def set_up_device(name: str | None) -> torch.device:
@@ -553,7 +561,8 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     options["use_safetensors"] = True  # no pickle, which may run code
     if args.shard:
-        options["dtype"] = "auto"  # the files' own, so that nothing is read yet
+        # The files' own: a conversion would fill the memory of each process with all weights.
+        options["dtype"] = "auto"
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
         options["device_map"] = {"": device}
@@ -617,11 +626,13 @@ def add_adapter(model: Model, args: argparse.Namespace) -> Model:
         use_dora=args.dora,
     )
     model = get_peft_model(model, config)
+    # PEFT draws A in float32 too, but rounds it to the base's type and back: on a GPU, in bfloat16,
+    # it would differ from a CPU's. B is 0 in any type.
     for name, parameter in model.named_parameters():
-        if "lora_A" in name:  # drawn as PEFT does, but alike on every device, for any type of base
+        if "lora_A" in name:
             drawn = torch.empty(parameter.shape, device="cpu")
             torch.nn.init.kaiming_uniform_(drawn, 5**0.5)
-            parameter.data = parameter.data.float().copy_(drawn)
+            parameter.data.copy_(drawn)
     return model
 
 
@@ -656,10 +667,11 @@ def shard_base(model: Model, device: torch.device) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     adapter = set(trainable_parameters(model))
-    for parameter in adapter:
+    for parameter in adapter:  # fully_shard() moves only what it splits
         parameter.data = parameter.data.to(device)
 
-    # Each decoder block is gathered as one, and then what is left.
+    # Each decoder block is gathered as one, and then what is left. fully_shard() moves a block to
+    # the device and keeps this process's part of it.
     base = model.get_base_model()
     blocks = base._no_split_modules or []
     units = [module for module in base.modules() if type(module).__name__ in blocks]
@@ -671,7 +683,7 @@ def shard_base(model: Model, device: torch.device) -> None:
 
 
 def model_sizes(model: Model) -> ModelSizes:
-    """Count the parameters of a model with its adapter; works on the meta device."""
+    """Count the parameters of a model with its adapter, by shapes: it needs no weights."""
     trainable, parameters = model.get_nb_trainable_parameters()
     embeddings = model.get_input_embeddings().weight
     lm_head = model.get_output_embeddings().weight
@@ -737,7 +749,8 @@ class StopSignal:
         signal.signal(signal.SIGINT, self.handle)
 
     def handle(self, signum: int, _frame: object) -> None:
-        """Note the signal, or end the process; only os.write() is safe to call here."""
+        """Note the signal, or end the process."""
+        # It may come amid a print(), and another one would then be an error: hence os.write().
         repeated = self.signum != 0
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         if repeated and under_torchrun and time.monotonic() < self.time + REPEATED_SIGNAL:
@@ -762,7 +775,7 @@ class Run:
     tokenizer: Tokenizer
     examples: list[Example]  # to train on
     held_out: list[Example]
-    settings: Row  # that --resume has to meet again
+    settings: Row  # of settings_to_meet_again(), and the hashes of data and base
     base_record: Row  # what base_fingerprint.json holds
     counts: Row  # for run.json
     sizes: ModelSizes
@@ -775,8 +788,13 @@ class Run:
     def log(self, step: int, event: str | None = None, **fields: Any) -> None:
         """Append a step, or an event, to train_log.jsonl; all have "step", the last one done.
 
-        start, resume: steps, processes, matrix_tflops. checkpoint: folder. validation:
-        validation_loss, validation_loss_token. sample: prompt, text. stop: why. end: seconds.
+        Of the events these have fields besides:
+            start, resume: steps, processes, matrix_tflops
+            checkpoint: folder
+            validation: validation_loss, validation_loss_token
+            sample: prompt, text
+            stop: why
+            end: seconds
         """
         if RANK > 0:
             return
@@ -864,9 +882,11 @@ def recompute_activations(model: Model) -> None:
     """Turn gradient checkpointing on: activations are computed again backward, not kept."""
     from torch.utils.checkpoint import checkpoint
 
+    # As gradient_checkpointing_enable(), but without its hook by which the embeddings' output needs
+    # a gradient: only reentrant checkpointing wants that, and backward would go below all adapters.
     recompute = functools.partial(checkpoint, use_reentrant=False)
     for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):  # transformers' switch, a layer at a time
+        if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = recompute
 
@@ -904,8 +924,8 @@ def say_plan(run: Run) -> None:
     sizes = run.sizes
     share = sizes.trainable / sizes.parameters
     say(f"trainable: {sizes.trainable:,} of {sizes.parameters:,} parameters ({share:.4%})")
-    if share < SMALL_SHARE:
-        say("warning: under 0.1 % trainable; the paper found MLP targets worse there")
+    if run.args.targets == "mlp" and share < SMALL_SHARE:
+        say("warning: under 0.1 % trainable, where the MLP modules did not do better (paper, 3.1)")
 
     counts = run.counts
     left_out = f"{counts['left_out']:,} left out (no answer within the cutoff)"
@@ -927,6 +947,8 @@ def adapter_files(run: Run) -> dict[str, bytes]:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
 
+    # By default PEFT would collect the whole base too, and look up the base's configuration, on the
+    # hub if need be, to tell whether embeddings have grown; ours never do.
     tuned = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     state = get_peft_model_state_dict(run.model, tuned, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -1065,12 +1087,15 @@ def cut_log(out: Path, step: int) -> None:
 def hold_output(args: argparse.Namespace) -> Iterator[None]:
     """Hold the output folder for a block, in the first process, with nothing of a former run in it.
 
-    With --resume all stays: the run may have been stopped a moment after its run.json was written.
+    With --resume all stays, even a run.json: the run may have been stopped after that was written,
+    but before the folder's mark was removed.
     """
     if RANK > 0:
         yield
         return
-    resume_flag = "" if args.resume else " --resume"
+    resume_flag = " --resume"  # which the command in the mark needs to go on
+    if args.resume:
+        resume_flag = ""  # it has that already
     with claim_output(args.out, args.overwrite, keep_run=args.resume, resume_flag=resume_flag):
         if not args.resume:
             cut_log(args.out, step=-1)  # an empty log
@@ -1093,8 +1118,10 @@ def train(run: Run) -> None:
     if args.resume:
         done = load_checkpoint(run, optimizer)
 
+    # Later the processes exchange gradients alone, so they must begin with equal bits, though each
+    # has drawn or read its own adapter; and one without a row needs a gradient to add: zero.
     for parameter in tuned:
-        parameter.grad = torch.zeros_like(parameter)  # to be summed where a process has no row, too
+        parameter.grad = torch.zeros_like(parameter)
         if torch.distributed.is_initialized():
             torch.distributed.broadcast(parameter.data, 0)
 
@@ -1111,7 +1138,8 @@ def train(run: Run) -> None:
 def try_fullest_row(run: Run) -> None:
     """Run the fullest row of all first, so that memory runs out in the first minute or never.
 
-    Where it does not fit and nothing else was asked for, gradient checkpointing is turned on.
+    Where it does not fit and nothing else was asked for, gradient checkpointing is turned on. Its
+    gradients go when optimizer_step() begins by setting all to zero.
     """
     import torch
 
@@ -1168,7 +1196,7 @@ def run_steps(run: Run, optimizer: Optimizer, done: int) -> None:
                 if run.held_out and is_due(run, step, args.save_every):
                     validate(run, step)
                 if is_due(run, step, args.sample_every):
-                    write_samples(run, step)
+                    write_samples(run, step)  # in every process: a sharded base needs all of them
             run.model.train()
             if RANK == 0 and (stop or is_due(run, step, args.save_every)):
                 save_checkpoint(run, optimizer, step)
@@ -1280,7 +1308,7 @@ def step_speed(run: Run, step: int, batch: list[Example], seconds: float) -> Row
         bytes_used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gpu_util = None
     if torch.cuda.is_available() and util.find_spec("pynvml"):
-        gpu_util = torch.cuda.utilization()  # percent of the last moment in which it worked
+        gpu_util = torch.cuda.utilization()  # percent of the last second, or less, it was busy in
     return {
         "tokens": tokens,
         "supervised_tokens": count_supervised(batch),
@@ -1328,7 +1356,7 @@ def write_samples(run: Run, step: int) -> None:
             max_new_tokens=SAMPLE_TOKENS,
             do_sample=False,
             use_cache=True,
-            pad_token_id=0,  # asked for, though one prompt alone needs no padding
+            pad_token_id=0,  # pads nothing, with one prompt; the model's own may be missing or < 0
         )
         prompt = run.tokenizer.decode(prompt_ids[0])
         text = run.tokenizer.decode(ids[0, prompt_ids.shape[1] :])
@@ -1372,6 +1400,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.out} is finished already")
         return
     protect_checkpoints(args)
+    # Neither the rows' folder nor the base's may be --out.
     check_output(args.out, args.overwrite, args.data, Path(args.base_model))
 
     inputs = describe_files([check_input(args.data, MAKE_DATA)])

@@ -105,16 +105,21 @@ LOG_END = 1 << 16  # bytes at the end of a long log, from which the newest state
 REMEMBERED = 99  # bytes before the offset in a log that tell whether it was written anew
 POLL = 0.5  # seconds between two looks at followed files
 POLL_STEPS = 3.0  # seconds between two looks at all steps' folders
-LARGEST = 1e15  # a number from here up counts as infinite: no figure of ours, and not to be drawn
-ALIGNED = 500  # words up to which common words are aligned too: beyond, it would take seconds
+LARGEST = 1e15  # a number from here up counts as infinite: no step writes one so large
+# Words of a text up to which all are aligned. Time grows with their square: of longer texts, which
+# would take seconds, difflib's autojunk leaves out every word that is over 1 % of the text.
+ALIGNED = 500
 WORD = re.compile(r"\w+|[^\w\s.,;:!?'\"$\\(){}\[\]]")  # what a reader takes for a word or symbol
 
 POINTS = 500  # buckets of a long curve, at least: more than a wide screen has dots
 SMOOTHING = 0.95  # weight of the past in the smoothed loss: about the last 20 steps
-SPIKE = 6.0  # standard deviations, and half of the smoothed loss, above which a loss is a spike
+# A loss is a spike where it is above the smoothed loss by more than both:
+SPIKE = 6.0  # standard deviations
+SPIKE_SHARE = 0.5  # of the smoothed loss
 WARM = 20  # steps before which no loss is called a spike
-STALL_SECONDS = 60.0  # without a new line are a stall, unless a step takes that long
-STALL_STEPS = 10  # times the seconds of a step: the stall of slow ones
+# A run has stalled when it has written no line for longer than both:
+STALL_SECONDS = 60.0
+STALL_STEPS = 10  # times the mean seconds of a step
 DISK_BYTES = 2e9  # free space below this is "nearly full"
 DISK_SHARE = 0.02  # and so is less than this share of the disk
 CURVES = {  # metric -> title with its unit
@@ -247,7 +252,7 @@ def clock(seconds: float | None) -> str:
     """
     if seconds is None or not math.isfinite(seconds):
         return "–"
-    whole = round(min(seconds, 1e9))  # 30 years
+    whole = round(min(seconds, 1e9))  # 30 years; timedelta() fails from 2.7 million on
     return str(datetime.timedelta(seconds=whole))
 
 
@@ -389,7 +394,10 @@ class Tail:
         self.before = (self.before + whole)[-REMEMBERED:]
         self.bad += bad
         self.more = bool(whole)
-        self.seen = None if whole else stamp
+        if whole:
+            self.seen = None  # there may be more, though the file stays as it is
+        else:
+            self.seen = stamp
         return rows
 
     def read_bytes(self, limit: int) -> bytes:
@@ -401,7 +409,7 @@ class Tail:
                 file.seek(0)
             data = file.read(limit)
             while b"\n" not in data:  # a line longer than the limit, or the end
-                more = file.read(len(data))
+                more = file.read(len(data))  # doubled, so that a long line is not copied often
                 if not more:
                     break
                 data += more
@@ -516,11 +524,12 @@ class Verdicts:
         return self.last.get(pair["pair_id"], {}).get("verdict")
 
     def write(self, pair_id: str, change: Row) -> Row:
-        """Append a line with what changes of a pair's, `verdict` or `note`; on disk at return.
+        """Append a line on a pair; it is on the disk at return.
 
-        A verdict of None withdraws. Returns the verdict and note that stood before. Raises OSError,
-        ValueError.
+        change: the new "verdict" (None withdraws it), "note" or both; what it leaves out stays as
+        it is. Returns the verdict and note that stood before. Raises OSError, ValueError.
         """
+        self.poll()  # another reviewer's line of this moment
         last = self.last.get(pair_id, {})
         before = {"verdict": last.get("verdict"), "note": str(last.get("note") or "")}
         line = {**before, **change}
@@ -726,7 +735,8 @@ def head_parts(pair: Row, line: Row) -> Parts:
     verdict = line.get("verdict")
     parts = [(verdict or "undecided", f"bold {LOOKS[verdict].colour}")]
     for word, key in (("by", "reviewer"), ("at", "time"), ("note:", "note")):
-        if line.get(key) and (verdict or key == "note"):  # who took a verdict back is in the log
+        # While undecided only the note is shown: the line's reviewer is who took the verdict back.
+        if line.get(key) and (verdict or key == "note"):
             parts.append((f" {word} {one_line(line[key])}", ""))
 
     suggested = one_line(pair["suggested"]) or "nothing"
@@ -847,7 +857,7 @@ class RunLog:
                 self.curves[name].add(step, value)
                 if name == "loss":
                     self.smooth(step, value)
-            elif name in row and name in ("loss", "grad_norm"):
+            elif name in row and name in ("loss", "grad_norm"):  # null too: JSON has no NaN
                 self.alarm(f"{name.replace('_', ' ')} is NaN or infinite", step)
         if row.get("supervised_tokens") == 0:
             self.alarm("no supervised tokens", step)
@@ -855,7 +865,7 @@ class RunLog:
     def smooth(self, step: float, loss: float) -> None:
         """Follow the loss's mean and variance; far above them is a spike."""
         past = min(1 - 1 / self.steps, SMOOTHING)  # at first a plain mean
-        margin = max(SPIKE * math.sqrt(self.variance), 0.5 * abs(self.mean))
+        margin = max(SPIKE * math.sqrt(self.variance), SPIKE_SHARE * abs(self.mean))
         if self.steps > WARM and loss > self.mean + margin:
             self.alarm("loss spike", step)
         change = loss - self.mean
@@ -882,7 +892,7 @@ class RunLog:
 
 
 def read_end(path: Path) -> RunLog:
-    """Read the newest state of a log from its last lines."""
+    """Read the newest state of a log from its last lines; it is longer than LOG_END bytes."""
     log = RunLog()
     with path.open("rb") as file:
         file.seek(-LOG_END, os.SEEK_END)
@@ -1050,7 +1060,7 @@ NUMBERS = (
 RESULT_ORDERS = ("benchmarks, then subjects", "largest gain first", "largest loss first", "name")
 TABLE = "{:23.23} {:>8} {:>5} {:>5} {:13} {:19.19}"  # 78 columns
 MORE = "{:>8} {:>16} {:>6} {:>6} {:>9} {:>8}"
-WIDE = 138  # columns of both
+WIDE = 138  # columns of a terminal that shows both: 78 + 58, a scrollbar and one to spare
 
 
 def load_results(path: Path) -> list[Row]:
@@ -1206,16 +1216,19 @@ def files_of(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def find_input(name: str, folder: Path) -> Path:
-    """Return where an input of a step lies; a relative name counts from its folder, or one above.
+    """Return where an input of a step lies, or should lie.
 
-    Only then from the current folder, or one above: a copy of a chain is walked in itself.
+    A relative name is looked for from the step's folder and those above it, and only then from the
+    current folder and those above: so a copied chain of steps is walked within the copy. A name
+    with a folder stands for its place beside a run.json even where the file is missing: the step
+    that wrote it is there, and a file of this name elsewhere is another one.
     """
     for parent in (folder, *folder.parents, Path(), *Path.cwd().parents):
         path = os.path.join(parent, name)
         if os.path.isfile(path):
             return Path(path)
         record = os.path.join(os.path.dirname(path), "run.json")
-        if os.path.dirname(name) and os.path.exists(record):  # its step is there, the file gone
+        if os.path.dirname(name) and os.path.exists(record):
             return Path(path)
     return Path(name)
 
@@ -1232,7 +1245,7 @@ def walk_back(folder: Path, known: dict[Path, StepState | None]) -> None:
     places = {name: find_input(name, folder) for name in files_of(folder, "inputs")}
     for place in places.values():
         walk_back(place.parent, known)
-    del known[key]
+    del known[key]  # the key moves to the end, behind those that the walk has added
     known[key] = step_state(folder, places, known)
 
 
@@ -1315,6 +1328,7 @@ def begun_state(state: StepState) -> StepState:
     command = mark.read_text(errors="replace").strip() or state.command
     if is_held(mark):
         return replace(state, status="running", why="a process is at work", command=command)
+    # finetune.py's mark has the flag, but one that was killed as it wrote the mark left it empty.
     if any(state.folder.glob("checkpoints/*")) and "--resume" not in command:
         command += " --resume"
     why = "no process is at work on it: it was stopped or killed"
@@ -1532,8 +1546,9 @@ MOVES = {  # keys -> by how many lines, and its name
     "home": (-(10**9), "First"),
     "end,G": (10**9, "Last"),
 }
-# What takes text or another key acts at once, before the next key finds its receiver: over a slow
-# link several arrive together, and the words of a filter are no verdicts.
+# Actions after which the next key means something else, such as a letter of a filter. Keys arrive
+# together over a slow link, and Textual puts each into the queue of the widget with the focus; only
+# a binding with priority acts before the next key is sent to one.
 AT_ONCE = ("filter", "note", "mark", "fields", "leave")
 
 
@@ -1896,7 +1911,7 @@ class Review(Pane):
 
         async def save(note: str | None) -> None:
             if note is not None:
-                await self.save({pair_id: {"verdict": last.get("verdict"), "note": note}})
+                await self.save({pair_id: {"note": note}})
 
         text = one_line(last.get("note"), LONGEST_SHOWN)
         self.app.push_screen(AskLine("A note on this pair; enter saves it", text), save)
@@ -2348,6 +2363,7 @@ def replay() -> Iterator[Path]:
         folder = Path(place) / "out"
         shutil.copytree(RECORDED, folder)
         command = [sys.executable, RECORDED.with_name("replay.py"), folder / "adapter"]
+        # It ends when its standard input does: with this block, or when this process is killed.
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL):
             yield folder
 
@@ -2377,7 +2393,9 @@ def main(argv: list[str] | None = None) -> None:
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         print(summary(args.folder))
         return
-    for sign in ENDING:  # until the app has a loop, which would swallow a Ctrl-C now and then
+    # For the time before PlatypusApp.on_load(). Else asyncio.run() would take Ctrl-C over to cancel
+    # the app's task, which now and then went on all the same.
+    for sign in ENDING:
         signal.signal(sign, end_process)
     place = replay() if args.demo else contextlib.nullcontext(args.folder)
     with place as folder:

@@ -1289,15 +1289,18 @@ def test_rows_that_were_cut_are_counted(short_run, tmp_path) -> None:
     assert f"{counts['cut']} cut at the end" in done.stderr
 
 
-def test_few_trainable_parameters_are_warned_of(short_run, tmp_path) -> None:
-    sizes = {**SMALL_LLAMA, "vocab_size": 900, "hidden_size": 256, "intermediate_size": 512}
+@pytest.mark.parametrize(("targets", "expected"), [("mlp", True), ("attention", False)])
+def test_few_trainable_parameters_of_the_mlp_are_warned_of(
+    short_run, tmp_path, targets: str, expected: bool
+) -> None:
+    sizes = {**SMALL_LLAMA, "vocab_size": 900, "hidden_size": 1024, "intermediate_size": 2048}
     base = tmp_path / "base"
     AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(base)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(base)
-    flags = [*short_run, "--base-model", base, "--targets", "q_proj", "--lora-rank", "1"]
-    done = run_here(*flags, "--out", tmp_path / "a")
+    flags = [*short_run, "--limit", "9", "--base-model", base, "--lora-rank", "1"]
+    done = run_here(*flags, "--targets", targets, "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
-    assert "under 0.1 % trainable" in done.stderr
+    assert ("under 0.1 % trainable" in done.stderr) == expected
 
 
 @pytest.mark.parametrize(

@@ -1015,6 +1015,21 @@ def test_ctrl_c_leaves_whatever_is_open(folder, key: str) -> None:
     assert not decisions(folder)
 
 
+def test_a_note_leaves_a_verdict_that_came_while_it_was_written(folder) -> None:
+    async def script(app, pilot):
+        pair_id = app.query_one("#review").pair["pair_id"]
+        await pilot.press("e", *"why")
+        log = folder / "contamination/decisions.jsonl"
+        common.append_decision(log, pair_id, "gray-area", "bob")
+        await pilot.press("enter")
+        await pilot.pause()
+        last = decisions(folder)[-1]
+        assert [last["pair_id"], last["reviewer"]] == [pair_id, "ann"]
+        assert [last["verdict"], last["note"]] == ["gray-area", "why"]
+
+    drive(folder, script)
+
+
 def test_faults_are_a_line_on_the_screen(folder, monkeypatch) -> None:
     pairs = folder / "contamination/pairs.jsonl"
     with pairs.open("a") as file:
