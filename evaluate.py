@@ -12,11 +12,13 @@ log-likelihoods, results.json, results.md, run.json.
 
 Prompts, few-shot examples and metrics are lm-evaluation-harness's: ARC-Challenge 25-shot,
 HellaSwag 10-shot, MMLU 5-shot (plain mean of subjects), TruthfulQA 0-shot. The forward pass is
-prefix_lm.py's: what prompts share is computed once, a quarter of the harness's tokens. Without
+prefix_lm.py's: sorted prompts form a trie, a tree in which what they share stands once, and its
+tokens go through the model in packs of some hundred; a quarter of the harness's tokens. Without
 --model it scores the base of out/merged and then out/merged. A run that was stopped goes on where
 it stopped when the same command is given again. Time: on a CPU see README.md, on a GPU not
 measured. Memory: the model, and one pack of new tokens beside one path of the trie.
-It scores choices by likelihood; tasks that generate text run at the harness's own speed.
+It scores choices by likelihood; tasks that generate text run at the harness's own speed. Without
+"--" torchrun takes our --local for the beginning of one of its own flags.
 """
 
 import argparse
@@ -40,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 from check_contamination import Subject, load_benchmark, local_inputs
 from common import (
     NF4,
+    UNFINISHED,
     Row,
     UserError,
     check_input,
@@ -91,13 +94,14 @@ LEADERBOARD = {  # paper, section 4.1
     ),
 }
 AVERAGE = "average"  # the leaderboard's: the mean of those four, a task of results.json
-AVERAGE_QUESTIONS = 26_073  # 1,172 + 10,042 + 14,042 + 817; fewer are a partial result
+FULL_QUESTIONS = {"arc": 1_172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
+FULL_QUESTIONS[AVERAGE] = sum(FULL_QUESTIONS.values())  # 26,073; fewer are a partial result
 FULL_SUBJECTS = {"mmlu": 57, AVERAGE: 60}  # with fewer it is partial; any other task has one
 PAPER_CHANGE = Path(__file__).with_name("paper_change.csv")  # its Tables 5 and 7, in percent
 PAPER_AVERAGE = {"Platypus2-70B-instruct": 73.13, "Stable-Platypus2-13B": 63.96}  # Tables 3, 4
 TINY = 0.005  # percent: of a base that prints as 0.00 there is no change in percent
-CHUNK_TOKENS = 65_536  # trie nodes between two points to go on from, and the unit of a process
-CHUNK_SHARE = 200  # a chunk is at least this many times the prefix that the next one repeats
+CHUNK_TOKENS = 65_536  # of a chunk at least: what a stopped run loses, what processes share out
+CHUNK_SHARE = 200  # a chunk has this many times the tokens that the next one computes once more
 SECONDS_BETWEEN_LINES = 10  # of progress where there is no terminal
 RESAMPLES = 10_000  # of the paired bootstrap: the interval's ends repeat to about 1 % of its width
 ALPHA = 0.05  # of a test that calls a model better or worse
@@ -114,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(seed=1234)  # the harness's, for its few-shot examples
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
     repeat = {"action": "append", "default": []}
-    text = "go on with a stopped run (the same command without it does so too)"
+    text = "go on with a stopped run, as without it; leave a finished --out, refuse a missing one"
     parser.add_argument("--resume", action="store_true", help=text)
 
     add = parser.add_argument_group("models").add_argument
@@ -156,7 +160,7 @@ def impossible_settings(args: argparse.Namespace) -> list[str]:
     if unknown:
         faults.append(f"--tasks: {', '.join(unknown)} is none of {', '.join(LEADERBOARD)}")
     for name in args.task:
-        is_path = "/" in name or ".y" in name  # else it is one of the harness's names
+        is_path = "/" in name or name.endswith((".yaml", ".yml"))  # else a name of the harness's
         if is_path and not Path(name).is_file():
             faults.append(f"--task: no such file: {name}")
     if args.local and not args.local.is_dir():
@@ -224,10 +228,12 @@ class Task:
 
 def import_harness() -> None:
     """Import lm_eval, and stop what it prints and looks up for its own developers."""
-    from prefix_lm import keep_compiled_templates, unhide_evaluate  # while its folder is found
+    # metrics of the harness import the package `evaluate`, which this script's name hides; the
+    # second call takes this folder off sys.path, so prefix_lm.py has to be imported before it
+    from prefix_lm import keep_compiled_templates, unhide_evaluate
 
+    keep_compiled_templates()  # each prompt template is compiled once, not for every text
     unhide_evaluate()
-    keep_compiled_templates()
     import datasets
     import lm_eval.api.task
     import lm_eval.evaluator
@@ -243,6 +249,7 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
     """Load everything that is to be scored: the benchmarks' tasks, then those of --task."""
     tasks = []
     for name in args.benchmarks:
+        # official: HellaSwag in its authors' layout, which alone has the ctx_a and ctx_b of prompts
         for subject in load_benchmark(name, args.local, official=True):
             check_subject(subject)
             tasks += benchmark_tasks(subject)
@@ -287,8 +294,8 @@ def task_on_rows(path: Path, shots: int, subject: Subject) -> "ConfigurableTask"
         shown = config.get("fewshot_split") or config.get("training_split")
         splits[shown] = Dataset.from_list(subject.shots)
 
-    # the harness asks for a split's name only after it has looked for it in the data set
-    config["custom_dataset"] = lambda **_: splits
+    config["custom_dataset"] = lambda **_: splits  # called in place of the hub's load_dataset()
+    # the harness takes each split with a name to be in the data set: name none that we do not have
     for key in ("training_split", "validation_split", "test_split"):
         if config.get(key) not in splits:
             config[key] = None
@@ -316,11 +323,11 @@ def task_of_file(path: Path) -> Task:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(path)
-    for key in ("group", "task_list"):  # of the harness's index alone
+    for key in ("group", "task_list"):  # no fields of a task: the harness drops them, too
         config.pop(key, None)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     local_files = []
-    if isinstance(files, dict):
+    if isinstance(files, dict):  # other forms are left to datasets, from the current folder
         for split, file in files.items():
             if (path.parent / file).is_file():
                 files[split] = str((path.parent / file).resolve())
@@ -523,7 +530,7 @@ def fingerprint_model(files: dict[str, str], args: argparse.Namespace, device: s
         "dtype": args.dtype,
         "load_in_4bit": args.load_in_4bit,
         "stock": args.stock,
-        "batch_size": args.batch_size,
+        "batch_size": args.batch_size,  # padding and rounding of the harness's own forward pass
     }
     packages = [metadata.version(name) for name in ("torch", "transformers", "lm_eval")]
     kind = device.partition(":")[0]
@@ -545,8 +552,8 @@ class Chunk:
 def plan_chunks(requests: list["Request"]) -> list[Chunk]:
     """Cut sorted requests into chunks of CHUNK_TOKENS new tokens or more.
 
-    Chunks are scored on their own, so each repeats the prefix that it shares with the one before:
-    at most 1 / CHUNK_SHARE of its own tokens, since a cut waits for that.
+    Chunks are scored on their own, so each computes once more the prefix that it shares with the
+    one before. A cut waits until that prefix is at most 1 / CHUNK_SHARE of the chunk it ends.
     """
     from prefix_lm import count_new_tokens
 
@@ -556,8 +563,8 @@ def plan_chunks(requests: list["Request"]) -> list[Chunk]:
     for request, new in zip(requests, count_new_tokens(requests), strict=True):
         size = len(request.input_ids)
         shared = size - new
-        enough = tokens >= max(CHUNK_TOKENS, CHUNK_SHARE * shared, 1)
-        if enough and new:  # equal requests stay together
+        enough = tokens >= max(CHUNK_TOKENS, CHUNK_SHARE * shared)
+        if enough and new:  # the input of the request before adds no token: no reason to cut
             chunks.append(Chunk(waiting, tokens))
             waiting = []
             tokens = 0
@@ -605,7 +612,7 @@ class Progress:
 
 
 def chunk_folder(out: Path) -> Path:
-    """Name where an unfinished run keeps its finished chunks: beside --out, until run.json is."""
+    """Name where an unfinished run keeps its finished chunks: beside --out; removed at the end."""
     whole = out.resolve()
     return whole.with_name(f".{whole.name}.chunks")
 
@@ -616,7 +623,7 @@ class ChunkStore:
 
     A file is named by all that decides its numbers: weights, settings, token ids. So any later run
     can go on from it, and none of another model will. Each of n processes scores every n-th chunk;
-    the first one waits for the others' files, and they get zeros.
+    the first one waits for the others' files. The others get zeros, of which nothing is made.
     """
 
     folder: Path
@@ -644,7 +651,7 @@ class ChunkStore:
         progress.close()
 
         if self.process.rank > 0:
-            return [(0.0, False)] * len(requests)
+            return [(0.0, False)] * len(requests)  # the harness wants a score of each request
         found = []
         for chunk in chunks:
             while (scores := self.read(chunk)) is None:
@@ -658,9 +665,9 @@ class ChunkStore:
 
         digest = hashlib.sha256(self.fingerprint.encode())
         for request in chunk.requests:
-            input_ids, answer = sort_key(request)
-            digest.update(b"%d %d " % (len(input_ids), len(answer)))
-            digest.update(input_ids + answer)
+            id_bytes, answer_bytes = sort_key(request)
+            digest.update(b"%d %d " % (len(id_bytes), len(answer_bytes)))
+            digest.update(id_bytes + answer_bytes)
         return self.folder / f"{digest.hexdigest()}.json"
 
     def read(self, chunk: Chunk) -> list[tuple[float, bool]] | None:
@@ -745,7 +752,7 @@ def score_models(
             sha256=lm.store.fingerprint,
             max_length=lm.max_length,
             files=model.files,
-            path="stock" if lm.why_stock else "prefix",
+            path="stock" if lm.why_stock else "prefix",  # why_stock: a reason, or ""
         )
         name = f"{model.name} + {args.adapter}" if args.adapter else model.name
         runs.append(ModelRun(name, info, score_tasks(lm, tasks, args)))
@@ -783,7 +790,7 @@ def score_benchmark(
 ) -> list[TaskResult]:
     """Score a model on the tasks of one benchmark."""
     began = time.monotonic()
-    lm.truncated = set()
+    lm.truncated = set()  # it fills it when it scores answers; generating text leaves it alone
     found = run_harness(lm, tasks, args)
     seconds = time.monotonic() - began
 
@@ -814,14 +821,14 @@ def score_benchmark(
 
 
 def run_harness(lm: "PrefixLM", tasks: list[Task], args: argparse.Namespace) -> Row:
-    """Run tasks at once by the harness; each draws its few-shot examples by a seed of its own."""
+    """Run tasks in one call of the harness, which draws each one's examples as if it were alone."""
     import numpy as np
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from prefix_lm import ScoringError
 
-    lm.get_model_info = dict  # the harness would ask the hub about a local folder, too
+    lm.get_model_info = dict  # returns {}; its own would ask the hub about a local folder, too
     try:
         with np.errstate(invalid="ignore"):  # of mc2's 0 / 0, which true_share() mends
             return simple_evaluate(
@@ -840,22 +847,26 @@ def finite_scores(found: Row) -> dict[str, float]:
     """Pick the numbers out of what the harness says of a task, where there are names as well."""
     scores = {}
     for metric, value in found.items():
-        if type(value) is float and math.isfinite(value):
-            scores[metric] = value
+        if isinstance(value, float) and math.isfinite(value):  # mc2 is numpy's kind of float
+            scores[metric] = float(value)
     return scores
 
 
 def to_questions(prefix: str, samples: list[Row]) -> list[Row]:
-    """Turn the harness's samples of a task, one for each of its filters, into a line a question."""
+    """Turn a task's samples, of which the harness has one a question and filter, into questions.
+
+    A question is known by its row in the file that step 2 reads. HellaSwag's official layout has
+    other rows than that file: load_benchmark() puts "test_row" there, -1 where the file has none.
+    """
     questions: dict[int, Row] = {}
-    rows = {-1}  # of step 2's file, as far as they are taken; -1 is a row that it does not have
+    taken_rows = {-1}
     for sample in samples:
         number = sample["doc_id"]
         if number not in questions:
             row = sample["doc"].get("test_row", number)
-            if row in rows:
-                row = f"{number} of the layout"  # no question of step 2's has this test id
-            rows.add(row)
+            if row in taken_rows:
+                row = f"{number} of the layout"  # the official one; step 2 flags no such test id
+            taken_rows.add(row)
             questions[number] = {"test_id": f"{prefix}/{row}"}
         line = questions[number]
         line["target"] = sample["target"]
@@ -916,7 +927,8 @@ def warn_unchecked(folder: Path | None, flagged: set[str] | None, tasks: list[Ta
     if folder is None:
         return
     counts = read_object(folder / "run.json").get("counts", {})
-    seen = {name.partition("/")[0] for name in [*counts.get("test_questions", []), *flagged]}
+    questions = counts.get("test_questions", {})  # {benchmark/subject: how many}
+    seen = {name.partition("/")[0] for name in [*questions, *flagged]}
     missing = {task.benchmark for task in tasks} - seen
     if missing:
         unchecked = ", ".join(sorted(missing))
@@ -948,7 +960,7 @@ def read_earlier_run(folder: Path, model: str, info: ModelInfo) -> ModelRun:
         if result.sha256 == info.sha256:
             results.append(result)
     if not results:
-        raise UserError(f"{folder} has no scores of {model}: name what it compared")
+        raise UserError(f"{folder} has no scores of {model}: name the folder that scored it")
     return ModelRun(model, info, results)
 
 
@@ -1119,8 +1131,8 @@ def describe_tasks(
             truncated[model] = sum(cut[prefix] for prefix in prefixes)
 
         partial = limited or len(prefixes) < FULL_SUBJECTS.get(task, 1)
-        # a benchmark's file may hold a part of it, as HellaSwag's in the official layout does
-        if task == AVERAGE and len(test_ids) < AVERAGE_QUESTIONS:
+        # a file may hold a part of its benchmark, as HellaSwag's in the official layout does
+        if len(test_ids) < FULL_QUESTIONS.get(task, 0):
             partial = True
         tasks[task] = TaskInfo(
             metric=metric,
@@ -1208,10 +1220,10 @@ def bootstrap(gains: Values) -> list[float]:
         means = np.zeros(RESAMPLES)
         for group in subjects.values():
             values, counts = np.unique(100 * np.array(group), return_counts=True)
-            # in parts, which are views: the draws of all at once could fill the memory
+            # in parts: the draws of all at once could fill the memory
             for part in np.array_split(means, 20):
                 drawn = rng.multinomial(len(group), counts / len(group), size=len(part))
-                part += drawn @ values / len(group)
+                part += drawn @ values / len(group)  # into `means`: a part is a view of it
         total += means / len(subjects)
     ends = np.quantile(total / len(benchmarks), [0.025, 0.975])
     return ends.tolist()
@@ -1326,10 +1338,16 @@ def draw_tables(results: Evaluation, paper: bool) -> str:
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
-    """Return what tables call each model: its path's end, or all of it where two ends are alike."""
+    """Return what tables call each model: its path's end, or all of it where two ends are alike.
+
+    >>> short_names(["demo/base_model", "demo/base_model + out/adapter"])
+    {'demo/base_model': 'base_model', 'demo/base_model + out/adapter': 'base_model + adapter'}
+    """
     names = {}
     for model in models:
-        names[model] = one_line(os.path.basename(os.path.abspath(model)))  # of "." too
+        paths = model.split(" + ")  # with its adapter's, where it has one
+        ends = [os.path.basename(os.path.abspath(path)) for path in paths]  # "." has none itself
+        names[model] = one_line(" + ".join(ends))
     if len(set(names.values())) < len(names):
         return {model: one_line(model) for model in names}
     return names
@@ -1364,7 +1382,7 @@ def average_table(results: Evaluation, paper: bool) -> list[str]:
     title = "Average"
     info = results.tasks[AVERAGE]
     if info.partial:
-        title += f" (partial: {info.questions:,} questions of {AVERAGE_QUESTIONS:,})"
+        title += f" (partial: {info.questions:,} questions of {FULL_QUESTIONS[AVERAGE]:,})"
     title += f" in percent, the mean of {', '.join(LEADERBOARD)}; change over {names[base]}:"
     columns = ["model", "average", "points", "percent", "95 % interval", "verdict"]
     return [title, markdown_table(columns, rows)]
@@ -1392,7 +1410,7 @@ def score_table(results: Evaluation, part: str) -> list[str]:
 
     title = f"Scores in percent, {part}"
     if part != ALL:
-        title += " (in brackets: less that of all)"
+        title += " (in brackets: the difference from all questions)"
     columns = ["task", "metric", "questions", *short_names(results.models).values()]
     return [f"{title}:", markdown_table(columns, rows)]
 
@@ -1421,7 +1439,7 @@ def change_tables(results: Evaluation, paper: bool) -> list[str]:
     for number, rows in ((5, benchmarks), (7, subjects)):
         if rows:
             title = f"Change over {base} in percent, the paper's Table {number}"
-            blocks.append(f"{title}; (=): {SAME}; -: of 0:")
+            blocks.append(f"{title}; (=) is {SAME}, - is no score or a base of 0:")
             blocks.append(markdown_table(["task", *columns], rows))
     return blocks
 
@@ -1470,6 +1488,20 @@ def input_folders(args: argparse.Namespace) -> list[Path]:
     return [Path(name) for name in named if name]
 
 
+def is_finished(args: argparse.Namespace) -> bool:
+    """Tell whether --out has its results already; else the first process refuses a wrong one."""
+    # torchrun's others write nothing, and a late one may find what the first has finished
+    first = os.environ.get("RANK", "0") == "0"
+    whole = (args.out / "run.json").exists() and not (args.out / UNFINISHED).exists()
+    if whole and not args.overwrite and (args.resume or not first):
+        if first:
+            print(f"{args.out} is finished: nothing to resume")
+        return True
+    if first:
+        check_output(args.out, args.overwrite, *input_folders(args))
+    return False
+
+
 def describe_inputs(args: argparse.Namespace) -> dict[str, Row]:
     """Hash the files of benchmarks, tasks and other folders for run.json, before they are read."""
     paths = [Path(name) for name in args.task]
@@ -1511,10 +1543,8 @@ def main(argv: list[str] | None = None) -> None:
     """Models x tasks -> scores -> change over the first model."""
     started = time.monotonic()
     args = parse_args(argv)
-    if args.resume and not args.overwrite and (args.out / "run.json").exists():
-        print(f"{args.out} is finished: nothing to resume")
+    if is_finished(args):
         return
-    check_output(args.out, args.overwrite, *input_folders(args))
     inputs = describe_inputs(args)
     flagged = read_flagged(args.contamination)
     runs = read_earlier_runs(args.compare)

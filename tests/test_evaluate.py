@@ -312,6 +312,8 @@ def assert_equal_scores(out: Path, model: Path, theirs: dict) -> None:
             if value is not None:
                 task, label = place_of(name, metric)
                 assert scores[task][label] == pytest.approx(100 * value, abs=1e-3)
+                kept = read_task(out, model, name)["harness"]
+                assert kept[f"{metric},none"] == pytest.approx(value, abs=1e-5)
 
 
 def test_scores_equal_the_harness_on_the_demo(tmp_path) -> None:
@@ -589,7 +591,7 @@ def test_processes_of_torchrun_find_what_one_finds(tmp_path) -> None:
     assert done.stdout.count("wrote") == 1
 
 
-def test_resume(tmp_path, capsys) -> None:
+def test_resume(tmp_path, capsys, monkeypatch) -> None:
     args = ["--model", BASE, *WORLD_TASK, "--limit", "4", "--out", tmp_path / "out"]
     assert "leave the flag out" in refused(*args, "--resume")
     assert "leave the flag out" in refused("--resume", "--out", tmp_path / "none")
@@ -597,6 +599,10 @@ def test_resume(tmp_path, capsys) -> None:
     assert "--overwrite" in refused(*args)
     run(*args, "--resume")
     assert "nothing to resume" in capsys.readouterr().out
+    with monkeypatch.context() as late:  # a process of torchrun that starts when all is done
+        late.setenv("RANK", "1")
+        run(*args)
+    assert capsys.readouterr().out == ""
     run(*args, "--overwrite")
 
 
@@ -917,7 +923,7 @@ def test_verdicts_and_what_only_flagged_questions_gain() -> None:
     assert found["tasks"]["arc"]["flagged"] == 30
     unflagged = found["unflagged questions"]["x/tuned"]["arc"]
     assert unflagged == {"questions": 70, "tasks": 1, "acc_norm": 50}
-    shown = table(found["text"], "unflagged questions")["arc"]
+    shown = table(found["text"], "unflagged questions")["arc (partial)"]
     assert shown[1:] == ["70", "50.00 (+15.00)", "50.00 (-15.00)"]
     tests = table(found["text"], "same questions")["arc"]
     assert tests[-3:] == ["+0.00", "+100.00", "better"]
@@ -1107,6 +1113,12 @@ def described_average(results: list) -> dict:
     return average
 
 
+def partial_tasks(results: list) -> list[str]:
+    """The tasks of results.json that are called partial."""
+    found = compared({"base": results})
+    return [task for task, described in found["tasks"].items() if described["partial"]]
+
+
 def test_the_average_is_partial_where_one_of_the_four_is() -> None:
     rng = np.random.default_rng(1)
     whole = four_benchmarks(rng, 0.5, full_sizes())
@@ -1120,7 +1132,10 @@ def test_the_average_is_partial_where_one_of_the_four_is() -> None:
     limited = [evaluate.TaskResult(**{**vars(made), "limit": 10_000}) for made in whole]
     assert described_average(limited)["partial"]
     official = {**full_sizes(), "hellaswag": 700}  # the official layout's
-    assert described_average(four_benchmarks(rng, 0.5, official))["partial"]
+    short = four_benchmarks(rng, 0.5, official)
+    assert described_average(short)["partial"]
+    assert partial_tasks(whole) == []
+    assert partial_tasks(short) == ["average", "hellaswag"]
     moved = full_sizes()
     moved["mmlu_subject_1"] += moved.pop("mmlu_subject_56")  # every question, of 56 subjects
     assert described_average(four_benchmarks(rng, 0.5, moved))["partial"]
@@ -1201,11 +1216,13 @@ def test_compare_finished_folders(finished: Path, tmp_path) -> None:
     alone = read(finished / "b/results.json")["all questions"][tuned]
     assert found["all questions"][tuned] == alone
     assert found["all questions"][str(BASE)] != alone
+    shown = table((out / "results.md").read_text(), "Scores")
+    assert shown["task"][2:] == [BASE.name, f"{BASE.name} + adapter"]
 
     again = tmp_path / "again"
     run("--compare", finished / "a", finished / "b", finished / "a", "--out", again)
     assert read(again / "results.json")["models"] == found["models"]
-    assert "name what it compared" in refused("--compare", out, "--out", tmp_path / "f")
+    assert "name the folder that scored it" in refused("--compare", out, "--out", tmp_path / "f")
 
 
 def test_an_unmerged_adapter_scores_as_the_merged_model(finished: Path, tmp_path) -> None:
