@@ -1260,10 +1260,12 @@ def apply(args: argparse.Namespace, started: float) -> str:
     removed = [{**row, "because": gone[row["id"]]} for row in checked.rows if row["id"] in gone]
     tables = leak_tables(checked, decisions)
     text = as_markdown(tables)
-    outputs = [args.out / name for name in ("clean.jsonl", "removed.jsonl", "table.md")]
-    write_file(outputs[0], to_jsonl(clean))
-    write_file(outputs[1], to_jsonl(removed))
-    write_file(outputs[2], f"{text}\n")
+    clean_file = args.out / "clean.jsonl"
+    removed_file = args.out / "removed.jsonl"
+    table_file = args.out / "table.md"
+    write_file(clean_file, to_jsonl(clean))
+    write_file(removed_file, to_jsonl(removed))
+    write_file(table_file, f"{text}\n")
 
     ids = {pair["pair_id"] for pair in checked.pairs}
     undecided = sorted(ids - decisions.keys())
@@ -1271,7 +1273,7 @@ def apply(args: argparse.Namespace, started: float) -> str:
     finish_run(
         args,
         inputs=checked.inputs,
-        outputs=outputs,
+        outputs=[clean_file, removed_file, table_file],
         started=started,
         name="apply.json",
         decisions_sha256=digest,
@@ -1283,7 +1285,7 @@ def apply(args: argparse.Namespace, started: float) -> str:
     lines = [text, "", pairs_line(args.out, len(checked.pairs))]
     lines.append(name_some("undecided pairs", undecided))
     lines.append(name_some("verdicts of former pairs", stale))
-    wrote = f"wrote {outputs[0]}: {len(clean):,} of {len(checked.rows):,} rows."
+    wrote = f"wrote {clean_file}: {len(clean):,} of {len(checked.rows):,} rows."
     lines.append(f"{wrote} Next (with --base-model, if not Llama-2-13B):")
     lines.append(next_command(args.out))
     return "\n".join(lines)
