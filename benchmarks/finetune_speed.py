@@ -12,7 +12,7 @@ the longest costs most. TRL runs from .venv-rivals (benchmarks/requirements.txt)
 On a CUDA card the Llama is a 13B in bfloat16 and seconds are those of the clock; on a CPU it has
 30 M parameters, runs on one thread, and seconds are those of its CPU time, so that other work on
 the machine counts little. Prints a table of tokens a second, peak memory and forward passes, then
-what ours is beside the best other. About 6 minutes on a CPU and up to 5 GB; 67 GB of an H100.
+what ours is beside the best other. About 6 minutes on a CPU and 4.5 GB; 67 GB of an H100.
 """
 
 import argparse

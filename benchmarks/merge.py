@@ -12,7 +12,7 @@ Every run is a process of its own that begins with the base's files in the page 
 nothing to write back, and counts until its bytes are on the disk (`sync`). Memory is the kernel's
 own high-water mark of resident memory, mapped files included; "imports" is a process that imports
 torch, transformers and peft, and does nothing. mergekit runs from .venv-rivals
-(benchmarks/requirements.txt). 10 minutes, 20 GB of disk, 5 GB of memory.
+(benchmarks/requirements.txt). 10 minutes, 20 GB of disk, 4.5 GB of memory.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import evaluate_speed
+import evaluate_speed  # puts the scripts' folder on the path
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
