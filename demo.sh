@@ -21,7 +21,9 @@ Walk from the scores back to the rows, every file hashed again:
 The real run, on a GPU (it loads the sources and benchmarks from the hub):
     python build_dataset.py
     python check_contamination.py
+    python tui.py                          # review the pairs; one key per verdict
+    python check_contamination.py apply    # write the clean rows by your verdicts
     python finetune.py
     python merge.py
-    python evaluate.py
+    python evaluate.py --contamination out/contamination
 NEXT
