@@ -13,7 +13,7 @@ log-likelihoods, results.json, results.md, run.json.
 Prompts, few-shot examples and metrics are lm-evaluation-harness's: ARC-Challenge 25-shot,
 HellaSwag 10-shot, MMLU 5-shot (plain mean of subjects), TruthfulQA 0-shot. The forward pass is
 prefix_lm.py's: sorted prompts form a trie, a tree in which what they share stands once, and its
-tokens go through the model in packs of some hundred; a quarter of the harness's tokens. Without
+tokens go through the model pack by pack; they are a quarter of the harness's. Without
 --model it scores the base of out/merged and then out/merged. A run that was stopped goes on where
 it stopped when the same command is given again. Time: on a CPU see README.md, on a GPU not
 measured. Memory: the model, and one pack of new tokens beside one path of the trie.
