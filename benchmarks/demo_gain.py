@@ -7,6 +7,7 @@ prints the table that README.md shows, one row for the base and tuned accuracy o
 modules, and the base's accuracy in the form of its pre-training. 4 minutes on 2 cores, 0.6 GB.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -78,6 +79,8 @@ def print_accuracies(scratch: Path) -> None:
 
 def main() -> None:
     """Print the table, and how well the base knows the same facts in its own form."""
+    form = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         print_accuracies(scratch)
