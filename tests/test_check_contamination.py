@@ -592,35 +592,6 @@ def test_words_keep_what_a_formula_says(a: str, b: str, same: bool) -> None:
     assert (check.words_of(a) == check.words_of(b)) is same
 
 
-@pytest.mark.slow
-@needs_real_data
-def test_the_authors_numbers_are_reproduced(tmp_path) -> None:
-    """MATH's training split x five MMLU subjects, their format: 80 questions, here in 93 rows."""
-    subjects = [
-        "abstract_algebra",
-        "college_mathematics",
-        "elementary_mathematics",
-        "high_school_mathematics",
-        "high_school_statistics",
-    ]
-    for split in ("dev", "test"):
-        (tmp_path / "data/mmlu" / split).mkdir(parents=True)
-        for subject in subjects:
-            name = f"mmlu/{split}/{subject}_{split}.csv"
-            (tmp_path / "data" / name).symlink_to(REAL_DATA / name)
-    problems = [line["problem"] for line in read_lines(REAL_DATA / "math/math_train.jsonl")]
-    dataset = write_lines(tmp_path / "rows.jsonl", rows_of(problems))
-
-    out = tmp_path / "out"
-    args = ["--dataset", dataset, "--local", tmp_path / "data", "--paper", "--benchmarks", "mmlu"]
-    args += ["--cache", tmp_path / "cache", "--out", out]
-    check.main([str(arg) for arg in args])  # in this process: minutes, and no time limit
-    pairs = read_lines(out / "pairs.jsonl")
-    assert len(values(pairs, "test_id")) == 80
-    assert len(values(pairs, "train_id")) == 93
-    assert len(read_lines(out / "removed.jsonl")) == 93
-
-
 # --- suggestions ----------------------------------------------------------------------------------
 
 
