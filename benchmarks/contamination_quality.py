@@ -20,7 +20,7 @@ memory      Peak memory of the comparison by the number of random vectors that a
             50,000.
 
 --local DIR holds sources and benchmarks as in step 2, and rephrased/: pairs of files whose lines
-belong together. About 20 minutes on 2 cores with an empty cache, then 3; 2 GB.
+belong together. About 20 minutes on 2 cores with an empty cache, then 3; 1.6 GB.
 """
 
 import argparse

@@ -77,10 +77,19 @@ def print_accuracies(scratch: Path) -> None:
         print_row([targets, f"{base:.1f}", *cells, f"{min(tuned) - base:+.1f}"])
 
 
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, which has --help alone."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser.parse_args(argv)
+
+
 def main() -> None:
     """Print the table, and how well the base knows the same facts in its own form."""
-    form = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args()
+    parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         print_accuracies(scratch)

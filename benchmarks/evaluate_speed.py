@@ -15,8 +15,8 @@ a run costs with one question, by the tokens that the way needs for all question
 without a forward pass.
 
 Without a GPU it computes in one thread and counts CPU time, which other processes change little;
-that takes about 15 minutes of it and 2 GB. On an H100 the 7B with one repeat took 104 s, and 27 GB
-of its memory.
+that takes about 15 minutes of it, and 1.1 GB. On an H100 the 7B with one repeat took 104 s and 27
+GB of its memory.
 """
 
 import argparse
