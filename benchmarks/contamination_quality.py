@@ -72,8 +72,8 @@ def source_rows(local: Path, sources: str) -> list[build_dataset.Row]:
     flags = ["--local", str(local), "--sources", sources, "--include-test-splits"]
     args = build_dataset.parse_args(flags)
     rows = []
-    for name in sources.split(","):
-        rows += build_dataset.read_source(name, args)[0]
+    for source in build_dataset.chosen_sources(args):
+        rows += build_dataset.read_source(source, args).rows
     build_dataset.add_ids(rows)
     return rows
 

@@ -150,12 +150,12 @@ def load_tasks(
     TruthfulQA is two tasks, MMLU one for each subject.
     """
     flags = ["--model", "none", "--tasks", benchmark, "--local", str(local)]
-    found = evaluate_script.benchmark_tasks(evaluate_script.parse_args(flags))
+    found = evaluate_script.load_tasks(evaluate_script.parse_args(flags))
     tasks = []
-    for name, (_, task) in found.items():
-        chosen = not subjects or name.removeprefix("mmlu_") in subjects
+    for task in found:
+        chosen = not subjects or task.name.removeprefix("mmlu_") in subjects
         if benchmark != "mmlu" or chosen:
-            tasks.append(task)
+            tasks.append(task.harness)
     return tasks
 
 
