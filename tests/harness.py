@@ -138,7 +138,8 @@ def run_in_child(
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdin = sys.__stdin__ = open(0, closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # the server's were of other files
+    # those of the server were of other files
+    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)
     sys.argv = [f"{script}.py", *args]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
