@@ -1488,7 +1488,7 @@ def input_folders(args: argparse.Namespace) -> list[Path]:
     return [Path(name) for name in named if name]
 
 
-def is_finished(args: argparse.Namespace) -> bool:
+def is_whole_run(args: argparse.Namespace) -> bool:
     """Tell whether --out has its results already; else the first process refuses a wrong one."""
     # torchrun's others write nothing, and a late one may find what the first has finished
     first = os.environ.get("RANK", "0") == "0"
@@ -1543,7 +1543,7 @@ def main(argv: list[str] | None = None) -> None:
     """Models x tasks -> scores -> change over the first model."""
     started = time.monotonic()
     args = parse_args(argv)
-    if is_finished(args):
+    if is_whole_run(args):
         return
     inputs = describe_inputs(args)
     flagged = read_flagged(args.contamination)

@@ -132,7 +132,7 @@ RUN_WITH_SOURCES = """
 import pathlib, sys
 import build_dataset as build
 build.SOURCES = pathlib.Path(sys.argv.pop(1))
-common.run_main(build.main)
+build.run_main(build.main)
 """
 
 

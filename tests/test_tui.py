@@ -719,9 +719,10 @@ def test_what_is_next_is_what_the_finished_step_says(tmp_path) -> None:
     command = common.next_command(out / "merged")
     assert tui.command_to_run(tui.pipeline_states(out)) == command
     assert f"--model 'a model' --model '{out}/merged' " in command
-    finish(out / "merged", "merge", base_model="a model", adapters=[])  # edited: it cannot say
+    finish(out / "merged", "merge", base_model="a model", adapters=[])  # edited: of no check
     command = tui.command_to_run(tui.pipeline_states(out))
-    assert command == f"python evaluate.py --out '{out}/eval'"
+    models = f"--model 'a model' --model '{out}/merged'"
+    assert command == f"python evaluate.py {models} --out '{out}/eval'"
 
 
 def test_states_of_the_pipeline(tmp_path) -> None:
