@@ -64,7 +64,7 @@ def tuned(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "demo", place / "demo")
     environment = without_network(place / "guard")
     lines = (ROOT / "demo.sh").read_text().splitlines()
-    commands = [shlex.split(line) for line in lines if ".py --" in line]
+    commands = [shlex.split(line) for line in lines if line.startswith("python ")]
     assert len(commands) == 5
     for command in commands:
         script = str(ROOT / command[1])
