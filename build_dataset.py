@@ -869,8 +869,7 @@ def drop_exact(rows: list[Row]) -> tuple[list[Row], list[Row]]:
         question = unicodedata.normalize("NFC", question_of(row))
         question = " ".join(question.split())
         if question in kept:
-            kept_id = kept[question]["id"]
-            dropped.append({**row, "reason": "exact", "kept_id": kept_id, "cosine": 1.0})
+            dropped.append(dropped_row(row, "exact", kept=kept[question], cosine=1.0))
         else:
             kept[question] = row
     return list(kept.values()), dropped
@@ -916,11 +915,9 @@ def drop_near(
         for place in range(top, stop):
             candidates = sorted(earlier[place - top] | within[place - top])
             known = [other for other in candidates if other < place and other not in dropped]
-            cosines = {other: mutual_cosine(windows[place], windows[other]) for other in known}
-            twin = max(cosines, key=cosines.get, default=None)  # of equals the first: the preferred
-            if twin is not None and cosines[twin] >= threshold:
-                line = {"reason": "near", "kept_id": rows[twin]["id"]}
-                dropped[place] = {**rows[place], **line, "cosine": round(cosines[twin], 6)}
+            twin, cosine = nearest(place, known, windows)
+            if cosine >= threshold:
+                dropped[place] = dropped_row(rows[place], "near", kept=rows[twin], cosine=cosine)
                 continue
 
             end = count + sizes[place]
@@ -930,6 +927,24 @@ def drop_near(
 
     kept = [row for place, row in enumerate(rows) if place not in dropped]
     return kept, list(dropped.values())
+
+
+def dropped_row(row: Row, reason: str, kept: Row, cosine: float) -> Row:
+    """Return a row's line of dropped.jsonl; `kept` is the row that stays in its place."""
+    return {**row, "reason": reason, "kept_id": kept["id"], "cosine": round(cosine, 6)}
+
+
+def nearest(place: int, others: list[int], windows: "list[np.ndarray]") -> tuple[int, float]:
+    """Return the row among `others` that is most similar to one, and its mutual_cosine().
+
+    Of equally similar ones the first, which is the preferred; (-1, -1.0) where there is none.
+    """
+    best = (-1, -1.0)
+    for other in others:
+        cosine = mutual_cosine(windows[place], windows[other])
+        if cosine > best[1]:
+            best = (other, cosine)
+    return best
 
 
 def rows_near(

@@ -1178,15 +1178,17 @@ def run_row(run: Run, row: list[Example], weights: list[float]) -> Tensor:
 def run_steps(run: Run, optimizer: Optimizer, done: int) -> None:
     """Run the steps after the first `done`, with their log, validation, samples and checkpoints."""
     import torch
+    from transformers import get_cosine_schedule_with_warmup
 
     args = run.args
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, run.steps)
+    [rate_share] = schedule.lr_lambdas  # a function of the step alone: --resume needs no more
     bar = make_progress_bar(run.steps, done)
     with bar:
         for step, (epoch, batch) in enumerate(batches(run.examples, args), 1):
             if step <= done:  # the order of the rows is drawn again, as it was
                 continue
-            share = rate_share(step - 1, args.warmup_steps, run.steps)
-            optimizer.param_groups[0]["lr"] = args.learning_rate * share
+            optimizer.param_groups[0]["lr"] = args.learning_rate * rate_share(step - 1)
             line, stop = optimizer_step(run, optimizer, step, batch)
             run.log(step, epoch=round(epoch, 4), **line)
             show_step(bar, step, run.steps, line)
@@ -1214,18 +1216,6 @@ def make_progress_bar(steps: int, done: int) -> Progress:
     bar = Progress(BarColumn(), text, console=Console(stderr=True), disable=not shown)
     bar.add_task("", total=steps, completed=done)
     return bar
-
-
-def rate_share(step: int, warmup_steps: int, steps: int) -> float:
-    """Return the share of the learning rate's peak after `step` steps: a rise, then half a cosine.
-
-    >>> [rate_share(step, 2, 6) for step in range(7)]
-    [0.0, 0.5, 1.0, 0.8535533905932737, 0.5, 0.14644660940672627, 0.0]
-    """
-    if step < warmup_steps:
-        return step / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def optimizer_step(

@@ -1281,8 +1281,7 @@ def missing_state(script: str, folder: Path, before: StepState | None) -> StepSt
     """Return the state of a step that has no folder; it goes on from the step before, if it can."""
     command = ""
     if before and before.status == "finished":
-        with contextlib.suppress(AttributeError, LookupError, TypeError):  # an edited run.json
-            command = next_command(before.folder)
+        command = next_command(before.folder)
     if not command:
         command = bare_command(script, folder)
     return StepState(script, folder, status="not run", command=command)

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import pty
-import re
 import shutil
 import signal
 import struct
@@ -477,16 +476,10 @@ def fault_table(names: list[str]) -> str:
 def test_table() -> None:
     """The last of this file: every fault that was tried was survived."""
     names = [*STEPS, "tui"]
-    print("\nFaults, survived of tried:\n" + fault_table(names))
+    table = fault_table(names)
+    print("\nFaults, survived of tried:\n" + table)
     assert SURVIVED == TRIED
     whole = all(TRIED[name, kind] for name in names for kind in KINDS)
     if whole:  # else a part of the file was run
         assert all(TRIED[name, "kill -9"] >= KILLS for name in names)
-
-
-def test_the_table_of_tests_readme_is_of_these_counts() -> None:
-    shown = (ROOT / "tests/README.md").read_text(encoding="utf-8")
-    for name in [*STEPS, "tui"]:
-        row = re.search(rf"^\| {name} .*$", shown, flags=re.MULTILINE)
-        assert row, name
-        assert int(row[0].split("|")[2].split("of")[1]) >= KILLS
+        assert table in (ROOT / "tests/README.md").read_text(encoding="utf-8")

@@ -39,7 +39,6 @@ from transformers import (
     MistralConfig,
     Trainer,
     TrainingArguments,
-    get_cosine_schedule_with_warmup,
 )
 
 import common
@@ -508,15 +507,6 @@ def test_our_step_is_the_trainers(batch, tokenizer, tmp_path) -> None:
     logged = trainer.state.log_history[0]
     assert line["loss"] == pytest.approx(logged["loss"], abs=1e-3)  # the Trainer rounds to 4 digits
     assert line["grad_norm"] == pytest.approx(logged["grad_norm"], rel=1e-4)
-
-
-@pytest.mark.parametrize(("warmup_steps", "steps"), [(0, 7), (4, 24), (24, 24), (100, 8)])
-def test_the_learning_rate_is_the_librarys(warmup_steps: int, steps: int) -> None:
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
-    [expected] = schedule.lr_lambdas
-    for step in range(steps + 1):
-        assert finetune.rate_share(step, warmup_steps, steps) == expected(step)
 
 
 def test_gradient_checkpointing_is_exact_with_dropout(batch) -> None:
